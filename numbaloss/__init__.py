@@ -1,0 +1,38 @@
+"""Score logits held as NumPy or CuPy arrays: TensorFlow's loss functions and what grew out of them.
+
+Importing this package imports NumPy alone; Numba and the kernels come with the first call.
+"""
+
+from ._version import __version__
+from .sequence import sequence_loss
+from .sigmoid import sigmoid_cross_entropy_with_logits, weighted_cross_entropy_with_logits
+from .softmax import (
+    TokenScores,
+    cross_entropy,
+    log_softmax,
+    logsumexp,
+    score_tokens,
+    softmax,
+    softmax_cross_entropy_with_logits,
+    sparse_softmax_cross_entropy_with_logits,
+    token_logprobs,
+)
+from .totals import Evaluation, EvaluationResult
+
+__all__ = [
+    "Evaluation",
+    "EvaluationResult",
+    "TokenScores",
+    "__version__",
+    "cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "score_tokens",
+    "sequence_loss",
+    "sigmoid_cross_entropy_with_logits",
+    "softmax",
+    "softmax_cross_entropy_with_logits",
+    "sparse_softmax_cross_entropy_with_logits",
+    "token_logprobs",
+    "weighted_cross_entropy_with_logits",
+]

@@ -1,0 +1,35 @@
+"""The only file that knows there are two backends: the type of the arrays picks one."""
+
+import sys
+from functools import cache
+from importlib import import_module
+
+import numpy as np
+
+
+def is_cupy(x):
+    """Whether x is a CuPy array; never imports CuPy, which must have been imported for one to exist."""
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def kernels(family, **arrays):
+    """The module of kernels for these arguments: numbaloss.cpu.<family>, or its twin for CuPy arrays.
+
+    Raises:
+        TypeError: NumPy and CuPy arrays are mixed.
+        ImportError: CuPy arrays, and no CUDA backend; says what to install.
+    """
+    device = "cpu"
+    if "cupy" in sys.modules:
+        on_device = [name for name, x in arrays.items() if is_cupy(x)]
+        on_host = [name for name, x in arrays.items() if isinstance(x, np.ndarray)]
+        if on_device and on_host:
+            raise TypeError(f"{on_host[0]}: expected a CuPy array as {on_device[0]} is, got a NumPy array")
+        device = "cuda" if on_device else "cpu"
+    return _module(device, family)
+
+
+@cache
+def _module(device, family):
+    return import_module(f"numbaloss.{device}.{family}")

@@ -1,0 +1,368 @@
+"""The mathematics: scalars in, scalars out, compiled for the CPU and for CUDA alike.
+
+Every multiply-add is an explicit ``fma`` and no expression is left for a compiler to contract or reorder, so both
+targets round alike. The numbers are defined in docs/NUMERICS.md; constants without a source here are minimax fits.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+CHUNK = 8192  # classes summed before the sum goes to float64
+LANES = 1024  # class j of a chunk belongs to lane j mod LANES
+
+f32, f64 = np.float32, np.float64
+
+LOG2E = f32(1.4426950408889634)
+LOG2E_LO = f32(1.4426950408889634 - float(LOG2E))
+INV_LOG2E = 0.69314718981329267  # 1 / float(LOG2E), not ln 2
+INV_LOG2E_32 = f32(INV_LOG2E)
+MAGIC = f32(1.5 * 2**23)  # adding it rounds to an integer, which lands in the low bits of the sum
+BIAS = f32(127)
+ONE, HALF, ZERO = f32(1), f32(0.5), f32(0)
+INF = f32(np.inf)
+EXP_LIMIT = f32(2**20 * 1.4426950408889634)  # |x| log2(e) beyond this: subtract the maximum first
+HEADROOM = f32(100)  # a chunk's exponents may exceed its reference by this much before a sum could overflow
+
+LOG2E_64 = 1.4426950408889634
+LOG2E_LO_64 = 2.0355273740931033e-17
+MAGIC_64 = 1.5 * 2**52
+BIAS_64 = 1023.0
+LN2_HI = 0.6931467056274414  # 21 bits: times an exponent is exact
+LN2_LO = 4.7493250390316726e-07
+SQRT_HALF_BITS = np.int64(0x3FE6A09E667F3BCD)
+
+scalar = njit(error_model="numpy")  # a division that could raise would keep a loop out of the vector lanes
+
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """a * b + c, rounded once."""
+    if not (a == b == c and a in (types.float32, types.float64)):
+        return None
+    return a(a, a, a), lambda context, builder, sig, args: builder.fma(*args)
+
+
+@intrinsic
+def select(typingctx, condition, a, b):
+    """a if condition else b, both computed: a branch would keep a loop out of the vector lanes."""
+    if not (condition == types.boolean and a == b):
+        return None
+    return a(condition, a, a), lambda context, builder, sig, args: builder.select(*args)
+
+
+@intrinsic
+def float_bits(typingctx, x):
+    """The bits of a float as a signed integer of its width."""
+    if x == types.float32:
+        return types.int32(x), lambda context, builder, sig, args: builder.bitcast(args[0], _I32)
+    if x == types.float64:
+        return types.int64(x), lambda context, builder, sig, args: builder.bitcast(args[0], _I64)
+    return None
+
+
+@intrinsic
+def bits_float(typingctx, i):
+    """The float that has these bits."""
+    if i == types.int32:
+        return types.float32(i), lambda context, builder, sig, args: builder.bitcast(args[0], _F32)
+    if i == types.int64:
+        return types.float64(i), lambda context, builder, sig, args: builder.bitcast(args[0], _F64)
+    return None
+
+
+@intrinsic
+def ordered_bits(typingctx, x):
+    """An integer that orders as the floats do, -0 below +0, a positive NaN above +inf, a negative one below -inf."""
+    if x not in (types.float32, types.float64):
+        return None
+
+    def codegen(context, builder, sig, args):
+        integer = _I32 if x == types.float32 else _I64
+        word = builder.bitcast(args[0], integer)
+        sign = builder.ashr(word, ir.Constant(integer, integer.width - 1))
+        return builder.xor(word, builder.and_(sign, ir.Constant(integer, (1 << (integer.width - 1)) - 1)))
+
+    return (types.int32 if x == types.float32 else types.int64)(x), codegen
+
+
+@intrinsic
+def low_bits_exponent(typingctx, t):
+    """The float whose exponent field is the low bits of t: 2^(k - bias) where t = MAGIC + k; 0 where k = 0."""
+    if t not in (types.float32, types.float64):
+        return None
+
+    def codegen(context, builder, sig, args):
+        integer, shift = (_I32, 23) if t == types.float32 else (_I64, 52)
+        word = builder.bitcast(args[0], integer)
+        return builder.bitcast(builder.shl(word, ir.Constant(integer, shift)), args[0].type)
+
+    return t(t), codegen
+
+
+@intrinsic
+def from_bfloat16(typingctx, h):
+    """The float32 of a bfloat16 held as uint16. Exact."""
+    if h != types.uint16:
+        return None
+
+    def codegen(context, builder, sig, args):
+        return builder.bitcast(builder.shl(builder.zext(args[0], _I32), ir.Constant(_I32, 16)), _F32)
+
+    return types.float32(h), codegen
+
+
+@intrinsic
+def from_float16(typingctx, h):
+    """The float32 of a float16 held as int16. Exact."""
+    if h != types.int16:
+        return None
+
+    def codegen(context, builder, sig, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
+
+    return types.float32(h), codegen
+
+
+# -- exponentials ------------------------------------------------------------------------------------------------
+
+
+@scalar
+def exp2_sum(f):
+    """2^f for |f| <= 0.5, one ulp; relative error of the polynomial 9.3e-8. For sums, where every multiply counts."""
+    p = fma(f32(0.0013269407209008932), f, f32(0.009671294130384922))
+    p = fma(p, f, f32(0.0555071122944355))
+    p = fma(p, f, f32(0.24022246897220612))
+    p = fma(p, f, f32(0.6931470036506653))
+    return fma(p, f, ONE)
+
+
+@scalar
+def exp2_32(f):
+    """2^f for |f| <= 0.5; relative error of the polynomial 3.0e-9."""
+    p = fma(f32(0.00015326461289077997), f, f32(0.0013390806270763278))
+    p = fma(p, f, f32(0.009618505835533142))
+    p = fma(p, f, f32(0.05550359934568405))
+    p = fma(p, f, f32(0.24022647738456726))
+    p = fma(p, f, f32(0.6931471824645996))
+    return fma(p, f, ONE)
+
+
+@scalar
+def exp2_64(f):
+    """2^f for |f| <= 0.5; relative error of the polynomial 2.0e-17."""
+    p = fma(4.4549607416075015e-10, f, 7.072585952902488e-09)
+    p = fma(p, f, 1.0178062445040239e-07)
+    p = fma(p, f, 1.3215442587903525e-06)
+    p = fma(p, f, 1.5252733829837681e-05)
+    p = fma(p, f, 0.0001540353044173608)
+    p = fma(p, f, 0.0013333558146416933)
+    p = fma(p, f, 0.009618129107606888)
+    p = fma(p, f, 0.0555041086648216)
+    p = fma(p, f, 0.24022650695910097)
+    p = fma(p, f, 0.6931471805599453)
+    return fma(p, f, 1.0)
+
+
+@scalar
+def split_32(x, m):
+    """(mantissa, exponent word) of exp(x): exp(x) = p * 2^n with t = m + n. Right to 0.6 ulp for |x| <= 2^20."""
+    t = fma(x, LOG2E, m)
+    n = t - m
+    f = fma(x, LOG2E_LO, fma(x, LOG2E, -n))
+    return exp2_32(f), t
+
+
+@scalar
+def split_64(x, m):
+    """(mantissa, exponent word) of exp(x) in float64."""
+    t = fma(x, LOG2E_64, m)
+    n = t - m
+    f = fma(x, LOG2E_LO_64, fma(x, LOG2E_64, -n))
+    return exp2_64(f), t
+
+
+@scalar
+def exp_64(x):
+    """exp(x) for x <= 709, 0 below -708, 1 ulp; anything for NaN."""
+    v = select(x > -709.0, x, -709.0)
+    p, t = split_64(select(v < 709.0, v, 709.0), MAGIC_64 + BIAS_64)
+    return select(x > -708.0, p * low_bits_exponent(t), 0.0)
+
+
+# -- logarithms --------------------------------------------------------------------------------------------------
+
+
+@scalar
+def log_plus(v, c):
+    """log(v + c) for a normal v > 0 and |c| <= ulp(v) / 2, which counts only for v < 2: 1 ulp."""
+    i = float_bits(v)
+    e = (i - SQRT_HALF_BITS) >> np.int64(52)
+    m = bits_float(i - (e << np.int64(52)))  # in [sqrt(1/2), sqrt(2))
+    k = bits_float(e + np.int64(0x4338000000000000)) - MAGIC_64  # e as a float, without a conversion
+    f = m - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    p = fma(0.14616449685043406, z, 0.15331721600556042)
+    p = fma(p, z, 0.18182889125261723)
+    p = fma(p, z, 0.2222221113479508)
+    p = fma(p, z, 0.28571428625975487)
+    p = fma(p, z, 0.39999999999899505)
+    p = fma(p, z, 0.666666666666667)
+    half_square = 0.5 * f * f
+    tail = fma(s, fma(p, z, half_square), fma(k, LN2_LO, select(v < 2.0, c, 0.0)))
+    return fma(k, LN2_HI, f - (half_square - tail))
+
+
+@scalar
+def log1p_64(u):
+    """log(1 + u) for u >= 0, with full relative accuracy. +inf gives an undefined value, NaN NaN."""
+    v = 1.0 + u
+    return log_plus(v, u - (v - 1.0))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+@scalar
+def merge(s, c, s2, c2):
+    """The sum of s * e^c and s2 * e^c2 as another such pair; an empty sum is (0, -inf), a NaN one (NaN, +inf)."""
+    high = c if c >= c2 else c2
+    low = c2 if c >= c2 else c
+    a = s if c >= c2 else s2
+    b = s2 if c >= c2 else s
+    return (fma(b, exp_64(low - high), a) if b != 0.0 else a), high
+
+
+@scalar
+def others_to_target(s, c, x):
+    """u = s * e^c / e^x, the others' sum beside a target whose logit is x; +inf if it is beyond e^60."""
+    a = c - x
+    return select(a > 60.0, np.inf, s * exp_64(a))
+
+
+@scalar
+def target_loss(u, s, c, x):
+    """log(1 + u), u from others_to_target; where that is +inf, log(s) + c - x."""
+    far = u == np.inf
+    v = select(far, s, 1.0 + u)
+    loss = log_plus(v, select(far, 0.0, u - (v - 1.0))) + select(far, c - x, 0.0)
+    loss = select(x == -np.inf, np.inf, loss)
+    alone = select(x > -np.inf, 0.0, np.nan)
+    loss = select(s == 0.0, alone, loss)
+    return select(x < np.inf, select(s == s, loss, np.nan), np.nan)
+
+
+@scalar
+def target_lse(u, s, c, x, loss):
+    """log of the sum over all classes, the target's x included."""
+    return select(s == 0.0, x, select(u == np.inf, log_plus(s, 0.0) + c, x + loss))
+
+
+@scalar
+def target_entropy(u, s, c, b, x, loss):
+    """Entropy in nats of a row whose others sum to s * e^c, with b the sum of exp(x_j - c) * (x_j - c) over them."""
+    near = loss - fma(s, c - x, b) * exp_64(c - x) / (1.0 + u)
+    far = log_plus(select(s > 0.0, s, 1.0), 0.0) - b / s
+    return select(s == 0.0, select(loss == loss, 0.0, loss), select(u == np.inf, far, near))
+
+
+@scalar
+def merge_moments(s, c, b, s2, c2, b2):
+    """merge for (s, c) with b as in target_entropy."""
+    high = select(c >= c2, c, c2)
+    w, w2 = exp_64(c - high), exp_64(c2 - high)
+    first = select(s == 0.0, 0.0, fma(s, c - high, b) * w)
+    second = select(s2 == 0.0, 0.0, fma(s2, c2 - high, b2) * w2)
+    return fma(s, w, s2 * w2), high, first + second
+
+
+# -- one logit, two classes --------------------------------------------------------------------------------------
+
+
+@scalar
+def exp_neg_32(a):
+    """exp(-a) for a >= 0, subnormal results included; NaN for NaN."""
+    v = f32(-105) if a > f32(105) else -a
+    p, t = split_32(v, MAGIC + (BIAS + f32(24)))
+    return p * low_bits_exponent(t) * f32(2**-24)
+
+
+@scalar
+def log1p_exp_neg_32(a):
+    """log(1 + exp(-a)) for a >= 0: 2 ulp."""
+    e = exp_neg_32(a)
+    h = e - HALF
+    p = fma(f32(0.00512227788567543), h, f32(-0.008495018817484379))
+    p = fma(p, h, f32(0.011652885004878044))
+    p = fma(p, h, f32(-0.020266389474272728))
+    p = fma(p, h, f32(0.036620162427425385))
+    p = fma(p, h, f32(-0.0677059218287468))
+    p = fma(p, h, f32(0.13261018693447113))
+    p = fma(p, h, f32(-0.28852689266204834))
+    p = fma(p, h, f32(0.8109301924705505))
+    return p * e
+
+
+@scalar
+def log1p_exp_neg_64(a):
+    """log(1 + exp(-a)) for a >= 0 in float64: 2 ulp."""
+    u = exp_64(-a)
+    return log1p_64(u) if a == a else a
+
+
+@scalar
+def sigmoid_loss(x, z, one, log1p_exp):
+    """max(x, 0) - x z + log(1 + exp(-|x|)), the last of which is given; a product of 0 with infinity is 0."""
+    factor = select(x >= one - one, one - z, z)
+    return select(factor == one - one, log1p_exp, fma(abs(x), factor, log1p_exp))
+
+
+@scalar
+def weighted_loss(x, z, q, one, log1p_exp):
+    """q z softplus(-x) + (1 - z) softplus(x)."""
+    positive, negative = q * z, one - z
+    factor = select(x >= one - one, negative, positive)
+    both = fma(q, z, negative) * log1p_exp
+    return select(factor == one - one, both, fma(abs(x), factor, both))
+
+
+# -- terms of a sum ----------------------------------------------------------------------------------------------
+
+
+@scalar
+def term_32(x, low, m, total):
+    """total + 2^(x * LOG2E - ref), and the exponent word t = MAGIC + 127 + n - ref, m being MAGIC + 127 - ref.
+
+    `low` is the x whose t has the exponent field 0: what lies under it adds exactly 0. NaN stays NaN.
+    """
+    v = low if x < low else x
+    t = fma(v, LOG2E, m)
+    f = fma(v, LOG2E, -(t - m))
+    return fma(exp2_sum(f), low_bits_exponent(t), total), t
+
+
+@scalar
+def term_64(x, low, m, total):
+    """As term_32, with the exact base e."""
+    v = low if x < low else x
+    p, t = split_64(v, m)
+    return fma(p, low_bits_exponent(t), total), t
+
+
+@scalar
+def exponent_32(x):
+    """The integer nearest to x * LOG2E, as a float32, for |x| <= 2^20; anything with a larger magnitude for others."""
+    y = x * LOG2E
+    return select(abs(y) < f32(2**21), fma(x, LOG2E, MAGIC) - MAGIC, y)
+
+
+@scalar
+def power_of_two(n):
+    """2^n for an integer -1022 <= n <= 1023 given as a float64; 0 below that."""
+    k = n if n > -1023.0 else -1023.0
+    return low_bits_exponent(k + (MAGIC_64 + BIAS_64))

@@ -1,0 +1,94 @@
+"""How a CPU kernel is compiled and started: in parallel where that is safe and worth it, serially otherwise.
+
+Both ways give the same bits. Serial are: small inputs (a parallel start costs 10 microseconds), calls while another
+thread is inside a parallel kernel (Numba's workqueue layer would abort the process), and children of a fork whose
+parent had started threads (GNU OpenMP would end them).
+"""
+
+import os
+import threading
+
+import numba
+from numba import njit
+from numba.core.caching import NullCache
+
+_OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+_SMALL = 1 << 15  # elements
+BLOCKS_PER_THREAD = 8
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+_busy = threading.Lock()
+_started = False
+_forked = False
+
+
+def _after_fork():
+    global _forked, _busy
+    _forked = _started
+    _busy = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _package_stamp():
+    """Changes when any source file of the package does: Numba itself looks only at the file of the kernel."""
+    stamps = []
+    for folder in (_PACKAGE, os.path.join(_PACKAGE, "cpu")):
+        with os.scandir(folder) as files:
+            stamps += [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.name.endswith(".py")]
+    return tuple(sorted(stamps))
+
+
+_STAMP = _package_stamp()
+
+
+def _compile(function, parallel):
+    """`function` for Numba's disk cache, or for this process alone where no folder can be written."""
+    kernel = njit(parallel=parallel, **_OPTIONS)(function)
+    try:
+        kernel.enable_caching()
+        kernel._cache._cache_file._source_stamp = _STAMP
+    except (RuntimeError, OSError, AttributeError):
+        kernel._cache = NullCache()
+    return kernel
+
+
+class Kernel:
+    """A kernel and its two compiled forms.
+
+    kernel(work, items, *args) runs function(blocks, *args): `work` is the number of elements it will read, `items` the
+    number of rows or the like that it cuts into blocks, one after another a thread.
+    """
+
+    def __init__(self, function):
+        self.__doc__ = function.__doc__
+        self.function = function
+        self.serial = _compile(function, parallel=False)
+        self.parallel = _compile(function, parallel=True)
+
+    def __call__(self, work, items, *args):
+        global _started
+        if work > _SMALL and not _forked and numba.get_num_threads() > 1 and _busy.acquire(blocking=False):
+            try:
+                _started = True
+                return self._run(self.parallel, (max(1, min(items, BLOCKS_PER_THREAD * numba.get_num_threads())), *args))
+            finally:
+                _busy.release()
+        return self._run(self.serial, (1, *args))
+
+    @staticmethod
+    def _run(kernel, args):
+        try:
+            return kernel(*args)
+        except OSError:  # the cache folder is full or has become read-only
+            kernel._cache = NullCache()
+            return kernel(*args)
+
+
+def cache_folder():
+    """The folder that keeps the compiled kernels, or None if none can be written."""
+    from .totals import round_total
+
+    return getattr(round_total.serial._cache, "cache_path", None)

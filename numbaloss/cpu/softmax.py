@@ -1,0 +1,389 @@
+"""Softmax family on the CPU. Every kernel is a loop over rows; `like` and `rows` are described in _chunks."""
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import overload
+
+from .._scalar import (
+    BIAS,
+    BIAS_64,
+    CHUNK,
+    EXP_LIMIT,
+    INV_LOG2E_32,
+    LANES,
+    LN2_HI,
+    LN2_LO,
+    MAGIC,
+    MAGIC_64,
+    ZERO,
+    exp_64,
+    exponent_32,
+    f32,
+    fma,
+    log_plus,
+    low_bits_exponent,
+    merge,
+    others_to_target,
+    select,
+    split_32,
+    split_64,
+    target_entropy,
+    target_loss,
+    target_lse,
+)
+from ._chunks import LOW_64, chunk_sum, fold_lanes, first_nan, row_address, row_max, row_moments, row_rank, row_sum
+from ._columns import GROUP, STEP, load_columns, sum_columns
+from ._launch import Kernel
+from ._memory import compute_dtype, gather, scratch, span, widen
+
+NARROW = 256  # classes up to which rows go side by side into the vector lanes
+SPLIT = 64  # with fewer rows than this, the chunks of a row go to different threads
+
+
+@njit
+def finish(s, c, x, u, loss):
+    """The losses of up to GROUP rows: one loop for the exponential and one for the logarithm are faster than one."""
+    for i in range(np.uint64(loss.size)):
+        u[i] = others_to_target(s[i], c[i], x[i])
+    for i in range(np.uint64(loss.size)):
+        loss[i] = target_loss(u[i], s[i], c[i], x[i])
+
+
+@njit
+def counts(r, labels, weights, ignore_index):
+    """Whether row r is looked at."""
+    return labels[r] != ignore_index and not weight_is_zero(r, weights)
+
+
+def weight_is_zero(r, weights):
+    """Whether weights[r] is 0; weights may be None."""
+
+
+@overload(weight_is_zero)
+def _weight_is_zero(r, weights):
+    if weights == types.none:
+        return lambda r, weights: False
+    return lambda r, weights: weights[r] == 0
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------
+
+
+def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
+    """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range.
+
+    Returns the number of labels out of range. GROUP rows are summed one after the other and finished together.
+    """
+    stride, classes = rows[4], rows[5]
+    n = loss.size
+    bad = np.zeros(blocks, np.int64)
+    if n < SPLIT and classes > CHUNK:
+        chunks = (classes + CHUNK - 1) // CHUNK
+        parts = np.empty((n * chunks, 2))
+        for task in prange(n * chunks):
+            r, begin = task // chunks, task % chunks * CHUNK
+            if counts(r, labels, weights, ignore_index) and 0 <= labels[r] < classes:
+                address = row_address(rows, r) + begin * stride
+                size = min(CHUNK, classes - begin)
+                lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+                parts[task] = chunk_sum(like, address, stride, size, labels[r] - begin, lanes, spare)
+        for r in range(n):
+            y = labels[r]
+            loss[r] = 0
+            if counts(r, labels, weights, ignore_index):
+                if 0 <= y < classes:
+                    s, c = 0.0, -np.inf
+                    for k in range(r * chunks, (r + 1) * chunks):
+                        s, c = merge(s, c, parts[k, 0], parts[k, 1])
+                    x = span(like, row_address(rows, r) + y * stride, 1)[0]
+                    x = np.float64(widen(x))
+                    loss[r] = target_loss(others_to_target(s, c, x), s, c, x)
+                else:
+                    loss[r] = np.nan
+                    bad[0] += 1
+        return bad.sum()
+    for block in prange(blocks):
+        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        s, c, x, u = np.empty(GROUP), np.empty(GROUP), np.empty(GROUP), np.empty(GROUP)
+        for first in range(block * n // blocks, (block + 1) * n // blocks, GROUP):
+            size = min(GROUP, (block + 1) * n // blocks - first)
+            for i in range(size):
+                y = labels[first + i]
+                s[i], c[i], x[i] = 0.0, -np.inf, 0.0
+                if counts(first + i, labels, weights, ignore_index):
+                    if 0 <= y < classes:
+                        address = row_address(rows, first + i)
+                        s[i], c[i] = row_sum(like, rows, address, y, lanes, spare)
+                        x[i] = widen(span(like, address + y * stride, 1)[0])
+                    else:
+                        x[i] = np.nan
+                        bad[block] += 1
+            finish(s, c, x, u, loss[first : first + size])
+    return bad.sum()
+
+
+sparse_xent = Kernel(_sparse_xent)
+
+
+def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
+    """As sparse_xent, for up to NARROW classes: GROUP rows lie side by side in the vector lanes."""
+    classes = rows[5]
+    n = loss.size
+    bad = np.zeros(blocks, np.int64)
+    for block in prange(blocks):
+        columns = scratch((classes + STEP) * GROUP, compute_dtype(like))
+        columns[:] = 0
+        s, c, x, u = np.empty(GROUP), np.empty(GROUP), np.empty(GROUP), np.empty(GROUP)
+        for first in range(block * n // blocks, (block + 1) * n // blocks, GROUP):
+            size = min(GROUP, (block + 1) * n // blocks - first)
+            load_columns(like, rows, first, size, columns)
+            for i in range(size):
+                y = labels[first + i]
+                x[i] = 0.0
+                if not counts(first + i, labels, weights, ignore_index):
+                    columns[i :: GROUP] = -np.inf  # no others: the loss is 0
+                elif 0 <= y < classes:
+                    at = y * GROUP + i
+                    x[i] = columns[at]
+                    columns[at] = -np.inf
+                else:
+                    x[i] = np.nan
+                    bad[block] += 1
+            sum_columns(classes, columns, s, c)
+            finish(s, c, x, u, loss[first : first + size])
+    return bad.sum()
+
+
+narrow_sparse_xent = Kernel(_narrow_sparse_xent)
+
+
+def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
+    """What one pass over a row tells of its target; `rank` and `entropy` are arrays, or None. Returns as sparse_xent."""
+    stride, classes = rows[4], rows[5]
+    n = logprob.size
+    bad = np.zeros(blocks, np.int64)
+    for block in prange(blocks):
+        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            y, address = labels[r], row_address(rows, r)
+            looked_at = counts(r, labels, weights, ignore_index)
+            value = 0.0
+            if looked_at and not 0 <= y < classes:
+                bad[block] += 1
+                looked_at, value = False, np.nan
+            logprob[r], lse[r], argmax[r] = value, value, -1
+            store(rank, r, -1)
+            store(entropy, r, value)
+            if looked_at:
+                s, c, b = sums_for(entropy, like, rows, address, y, lanes, spare)
+                target = widen(span(like, address + y * stride, 1)[0])
+                x = np.float64(target)
+                u = others_to_target(s, c, x)
+                loss = target_loss(u, s, c, x)
+                logprob[r], lse[r] = -loss, target_lse(u, s, c, x, loss)
+                argmax[r] = row_max(like, rows, address, spare)[1]
+                if loss != loss:  # lse of a row that is all -inf or holds +inf or NaN
+                    lse[r] = plain_lse(like, rows, address, lanes, spare)
+                    if lse[r] != lse[r]:
+                        argmax[r] = first_nan(like, rows, address)
+                if rank is not None:
+                    rank[r] = row_rank(like, rows, address, target, spare)
+                store(entropy, r, target_entropy(u, s, c, b, x, loss))
+    return bad.sum()
+
+
+def store(array, r, value):
+    """array[r] = value, where there is an array."""
+
+
+@overload(store)
+def _store(array, r, value):
+    if array == types.none:
+        return lambda array, r, value: None
+
+    def put(array, r, value):
+        array[r] = value
+
+    return put
+
+
+def sums_for(entropy, like, rows, address, skip, lanes, spare):
+    """row_moments if the entropy is wanted, else row_sum and 0."""
+
+
+@overload(sums_for)
+def _sums_for(entropy, like, rows, address, skip, lanes, spare):
+    if entropy == types.none:
+
+        def sums(entropy, like, rows, address, skip, lanes, spare):
+            s, c = row_sum(like, rows, address, skip, lanes, spare)
+            return s, c, 0.0
+
+        return sums
+    return lambda entropy, like, rows, address, skip, lanes, spare: row_moments(
+        like, rows, address, skip, lanes, spare
+    )
+
+
+score = Kernel(_score)
+
+
+@njit
+def plain_lse(like, rows, address, lanes, spare):
+    """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
+    s, c = row_sum(like, rows, address, -1, lanes, spare)
+    if s == 0.0:
+        return -np.inf
+    if s != s:
+        return np.nan if first_nan(like, rows, address) >= 0 else np.inf
+    return log_plus(s, 0.0) + c
+
+
+def _logsumexp(blocks, like, rows, lse):
+    """lse[r] = log(sum(exp(row r)))."""
+    n = lse.size
+    for block in prange(blocks):
+        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            lse[r] = plain_lse(like, rows, row_address(rows, r), lanes, spare)
+
+
+logsumexp = Kernel(_logsumexp)
+
+
+@njit
+def leave_largest_out(like, rows, address, lanes, spare):
+    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the other classes; NaN for an undefined row."""
+    largest, where = row_max(like, rows, address, spare)
+    s, c = row_sum(like, rows, address, where, lanes, spare)
+    x = np.float64(largest)
+    u = others_to_target(s, c, x)
+    return largest, u, target_loss(u, s, c, x)
+
+
+def _normalize(blocks, like, rows, logarithm, out):
+    """out[r] = softmax of row r, or its logarithm. A row is read three times, twice from the cache."""
+    stride, classes = rows[4], rows[5]
+    n = out.shape[0]
+    for block in prange(blocks):
+        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            address = row_address(rows, r)
+            largest, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
+            if log1p_u != log1p_u:
+                out[r] = np.nan
+            else:
+                for begin in range(0, classes, LANES):
+                    size = min(LANES, classes - begin)
+                    x = gather(like, address + begin * stride, stride, size, spare)
+                    if logarithm:
+                        log_tile(x, largest, lanes.dtype.type(log1p_u), out[r, begin : begin + size])
+                    else:
+                        exp_tile(x, largest, u, out[r, begin : begin + size])
+
+
+normalize = Kernel(_normalize)
+
+
+@njit
+def log_tile(x, largest, log1p_u, out):
+    for i in range(np.uint64(out.size)):
+        out[i] = (widen(x[i]) - largest) - log1p_u
+
+
+@njit
+def exp_tile(x, largest, u, out):
+    m, low, shift, scale = softmax_frame(largest, u)
+    for i in range(np.uint64(out.size)):
+        v = widen(x[i]) - shift
+        p, t = split(select(v < low, low, v), m)
+        out[i] = p * low_bits_exponent(t) * scale
+
+
+def split(x, m):
+    """split_32 or split_64, by the type of x."""
+
+
+@overload(split)
+def _split(x, m):
+    if x == types.float64:
+        return lambda x, m: split_64(x, m)
+    return lambda x, m: split_32(x, m)
+
+
+def softmax_frame(largest, u):
+    """(m, low, shift, scale) with exp(x - largest) / (1 + u) = p * 2^k * scale, (p, t) the split of x - shift.
+
+    In float32, k is 24 too large and scale 2^24 too small, so that only the last product can be subnormal.
+    """
+
+
+@overload(softmax_frame)
+def _softmax_frame(largest, u):
+    if largest == types.float64:
+        return lambda largest, u: (MAGIC_64 + BIAS_64, LOW_64, largest, 1.0 / (1.0 + u))
+
+    def frame_32(largest, u):
+        n = exponent_32(largest)
+        near = abs(n) <= EXP_LIMIT
+        ref, shift = select(near, n, ZERO), select(near, ZERO, largest)
+        rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift - largest)))
+        extra = BIAS + f32(24)
+        return MAGIC + (extra - ref), (ref - extra) * INV_LOG2E_32, shift, f32(exp_64(rest) * 2.0**-24 / (1.0 + u))
+
+    return frame_32
+
+
+def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weights, loss):
+    """loss[r] = sum_j w_j l_j (lse - x_j), w_j the class weights or 1; 0 for a row of weight 0.
+
+    With k the largest logit that is sum_j w_j l_j (x_k - x_j) + log(1 + u) sum_j w_j l_j: no term cancels another.
+    """
+    stride, classes = rows[4], rows[5]
+    n = loss.size
+    for block in prange(blocks):
+        lanes, lanes_2 = scratch(LANES, compute_dtype(like)), scratch(LANES, compute_dtype(like))
+        spare, spare_2 = scratch(LANES, like).ctypes.data, scratch(LANES, like_labels).ctypes.data
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            loss[r] = 0
+            if not weight_is_zero(r, weights):
+                address, label_address = row_address(rows, r), row_address(label_rows, r)
+                largest, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
+                distance, mass = 0.0, 0.0
+                for chunk in range(0, classes, CHUNK):
+                    end = min(chunk + CHUNK, classes)
+                    lanes[:] = 0
+                    lanes_2[:] = 0
+                    for begin in range(chunk, end, LANES):
+                        size = min(LANES, end - begin)
+                        x = gather(like, address + begin * stride, stride, size, spare)
+                        at = label_address + begin * label_rows[4]
+                        labels = gather(like_labels, at, label_rows[4], size, spare_2)
+                        label_tile(x, labels, class_weights, begin, largest, lanes, lanes_2)
+                    distance += fold_lanes(lanes, min(LANES, end - chunk))
+                    mass += fold_lanes(lanes_2, min(LANES, end - chunk))
+                loss[r] = fma(mass, log1p_u, distance)
+
+
+dense_xent = Kernel(_dense_xent)
+
+
+@njit
+def label_tile(x, labels, class_weights, begin, largest, distance, mass):
+    """Add l (largest - x) and l to the lanes; a label of 0 adds 0 whatever its logit."""
+    for i in range(np.uint64(x.size)):
+        label = weighted_label(distance.dtype.type(widen(labels[i])), class_weights, np.uint64(begin) + i)
+        product = fma(label, largest - widen(x[i]), distance[i])
+        distance[i] = select(label == 0, distance[i], product)
+        mass[i] += label
+
+
+def weighted_label(label, class_weights, j):
+    """label * class_weights[j]; class_weights may be None."""
+
+
+@overload(weighted_label)
+def _weighted_label(label, class_weights, j):
+    if class_weights == types.none:
+        return lambda label, class_weights, j: label
+    return lambda label, class_weights, j: label * class_weights[j]

@@ -1,0 +1,358 @@
+"""The softmax family: cross entropies of logits, the scores of tokens, and the functions beneath them."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import _check
+from ._backend import kernels
+
+_DEFAULT = object()
+
+
+def softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None, dim=None):
+    """Cross entropy between softmax(logits) and class probabilities.
+
+        loss[i] = sum_j labels[i, j] * (logsumexp(logits[i]) - logits[i, j])
+
+    The softmax is never stored. A label of exactly 0 adds 0, also where its logit is -inf.
+
+    Args:
+        labels: real numbers, of logits' shape or broadcasting to it (NumPy's rules). Need not sum to 1.
+        logits: float16, bfloat16, float32 or float64, with the classes along `axis`. -inf allowed.
+        axis: the class axis, positive or negative.
+        name: ignored, for compatibility.
+        dim: old name of `axis`.
+    Returns:
+        logits' shape without `axis`, float32, or float64 for float64 logits; in nats. NaN for a row that holds NaN or
+        +inf or nothing but -inf. Error under 4 eps for labels >= 0.
+    Raises:
+        TypeError: a dtype that cannot be scored, or NumPy and CuPy arrays mixed.
+        ValueError: shapes that do not fit, no classes, an axis out of range, `axis` and `dim` both given.
+    Source: tf.nn.softmax_cross_entropy_with_logits, TF 2.21; differs in that 0 * inf is 0 and that zero classes raise.
+
+    >>> softmax_cross_entropy_with_logits([[0.0, 0.0, 1.0]], np.array([[1.0, 2.0, 3.0]]))
+    array([0.40760596])
+    """
+    if dim is not None:
+        if axis != -1:
+            raise ValueError(f"dim: expected None when axis is given, got dim={dim!r} and axis={axis!r}")
+        axis = dim
+    logits = _check.logits(logits)
+    labels = _check.number_array(labels, "labels")
+    family = kernels("softmax", logits=logits, labels=labels)
+    return _dense(family, logits, labels, axis, None, None, "labels")
+
+
+def _dense(family, logits, labels, axis, weights, class_weights, name):
+    """The loss of every row for class probabilities; `weights` only tells which rows are not looked at."""
+    x = _check.class_axis_last(logits, axis)
+    try:
+        labels = np.broadcast_to(labels, logits.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to logits {logits.shape}, got {labels.shape}"
+        ) from None
+    z = _check.class_axis_last(labels, axis, name)
+    loss = np.empty(x.shape[:-1], _check.result_dtype(x))
+    flat = loss.reshape(-1)
+    for begin, end, ((like, rows, _), (like_labels, label_rows, _)) in _check.pieces(x, z):
+        part = None if weights is None else weights[begin:end]
+        args = (like, rows, like_labels, label_rows, class_weights, part, flat[begin:end])
+        family.dense_xent((end - begin) * x.shape[-1], end - begin, *args)
+    return loss[()]
+
+
+def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check_labels="auto"):
+    """Cross entropy between softmax(logits) and integer labels.
+
+        loss[i] = log(sum_j exp(logits[i, j])) - logits[i, labels[i]]
+
+    The softmax is never stored. The loss is right relatively, however small.
+
+    Args:
+        labels: integers, (...). Values in [0, classes).
+        logits: float16, bfloat16, float32 or float64, (..., classes). -inf allowed.
+        name: ignored, for compatibility.
+        check_labels: "raise" raises for a label out of range, "nan" makes its loss NaN; "auto" raises on NumPy.
+    Returns:
+        (...) float32, or float64 for float64 logits; in nats. Error under 4 eps, 1 eps typically.
+    Raises:
+        TypeError: a dtype that cannot be scored, labels that are not integers, NumPy and CuPy arrays mixed.
+        ValueError: shapes that do not fit, no classes, a label out of range.
+    Source: tf.nn.sparse_softmax_cross_entropy_with_logits, TF 2.21; differs in raising ValueError for a bad label.
+
+    >>> sparse_softmax_cross_entropy_with_logits([2], np.array([[1.0, 2.0, 3.0]]))
+    array([0.40760596])
+    """
+    logits = _check.logits(logits)
+    family = kernels("softmax", logits=logits, labels=labels)
+    loss = _sparse(family, logits, labels, -1, None, None, check_labels, "labels")[0]
+    return loss[()]
+
+
+def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, name):
+    """(loss of every row, labels as int64, one after the other)."""
+    x = _check.class_axis_last(logits, axis)
+    _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
+    y, given = _check.labels(labels, x.shape[:-1], name, logits.shape)
+    loss = np.empty(x.shape[:-1], _check.result_dtype(x))
+    flat, classes = loss.reshape(-1), x.shape[-1]
+    kernel = family.narrow_sparse_xent if classes <= family.NARROW else family.sparse_xent
+    ignore = _check.NO_LABEL if ignore_index is None else ignore_index
+    bad = 0
+    for begin, end, [(like, rows, _)] in _check.pieces(x):
+        n = end - begin
+        part = None if weights is None else weights[begin:end]
+        bad += kernel(n * classes, n, like, rows, y[begin:end], part, ignore, flat[begin:end])
+    if bad and check_labels != "nan":
+        _check.raise_bad_label(given, classes, _counted(y, weights, ignore), name)
+    return loss, y
+
+
+def _counted(y, weights, ignore):
+    """Which rows are looked at."""
+    counted = y != ignore
+    return counted if weights is None else counted & (weights != 0)
+
+
+def cross_entropy(
+    logits,
+    targets,
+    *,
+    weights=None,
+    class_weights=None,
+    ignore_index=_DEFAULT,
+    axis=-1,
+    reduction="mean",
+    check_labels="auto",
+):
+    """Cross entropy of logits, weighted by token and by class, and reduced.
+
+        loss[i] = -weights[i] * class_weights[y_i] * log softmax(logits[i])[y_i]           for targets y
+        loss[i] = -weights[i] * sum_c class_weights[c] * t_ic * log softmax(logits[i])[c]  for probabilities t
+
+    Sums over rows are exact (each product rounded to float64, their sum rounded once), so they depend on no order.
+
+    Args:
+        logits: float16, bfloat16, float32 or float64, with the classes along `axis`.
+        targets: integers, logits' shape without `axis`; or class probabilities (floats) of logits' shape.
+        weights: real numbers, logits' shape without `axis`, or one number. A row of weight 0 is not looked at.
+        class_weights: real numbers, (classes,).
+        ignore_index: rows with this target are not looked at. -100 unless given; not for probabilities.
+        axis: the class axis: -1, or 1 for torch's (N, C, d1, ...).
+        reduction: "mean" divides the sum by sum(weights * class_weights[y]) over the rows that count (for
+            probabilities by sum(weights)); "sum"; "none".
+        check_labels: "raise" raises for a target out of range, "nan" makes its loss NaN; "auto" raises on NumPy.
+    Returns:
+        A scalar, or logits' shape without `axis` for "none"; float32, or float64 for float64 logits; in nats. The
+        mean of no rows is NaN.
+    Raises:
+        TypeError: a dtype that cannot be scored, NumPy and CuPy arrays mixed.
+        ValueError: shapes that do not fit, no classes, a target out of range, ignore_index with probabilities.
+    Source: torch.nn.functional.cross_entropy, torch 2.13, with weights by token; differs in the place of the classes.
+
+    >>> cross_entropy(np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), [2, -100])
+    np.float64(0.4076059644443803)
+    """
+    logits = _check.logits(logits)
+    targets = _check.number_array(targets, "targets")
+    _check.choice(reduction, "reduction", ("mean", "sum", "none"))
+    family = kernels("softmax", logits=logits, targets=targets, weights=weights, class_weights=class_weights)
+    rows_shape = _check.class_axis_last(logits, axis).shape[:-1]
+    scale = _check.weights(weights, rows_shape)
+    classes = logits.shape[axis]
+    if targets.dtype.kind in "iu":
+        ignore = _check.integer(-100 if ignore_index is _DEFAULT else ignore_index, "ignore_index")
+        loss, y = _sparse(family, logits, targets, axis, scale, ignore, check_labels, "targets")
+        if class_weights is not None:
+            by_class = _check.class_weights(class_weights, classes, np.float64)
+            counted = _counted(y, scale, ignore) & (y >= 0) & (y < classes)
+            factor = np.where(counted, by_class[np.where(counted, y, 0)], 1.0)
+            scale = factor * (1.0 if scale is None else scale)
+        count = np.count_nonzero(y != ignore)
+        if count < y.size and scale is not None:
+            scale = np.where(y == ignore, 0.0, scale)
+    else:
+        if ignore_index is not _DEFAULT:
+            raise ValueError("ignore_index: expected none with targets that are class probabilities")
+        _check.same_shape(targets, "targets", logits.shape, "logits")
+        by_class = _check.class_weights(class_weights, classes, _check.result_dtype(logits))
+        loss = np.asarray(_dense(family, logits, targets, axis, scale, by_class, "targets"))
+        count = loss.size
+    return _reduce(loss, scale, count, reduction)
+
+
+def _reduce(loss, scale, count, reduction):
+    """loss * scale, summed or averaged as asked; scale is flat float64, or None with `count` rows that count."""
+    dtype = loss.dtype.type
+    if reduction == "none":
+        return loss[()] if scale is None else scaled(loss, scale)[()]
+    total = kernels("totals", loss=loss).total
+    top = total(loss.size, loss.size, loss.reshape(-1), scale)
+    if reduction == "sum":
+        return dtype(top)
+    bottom = count if scale is None else total(scale.size, scale.size, scale, None)
+    return dtype(top / bottom) if bottom else dtype(np.nan if top == 0 else top * np.inf)
+
+
+def scaled(loss, scale):
+    """loss * scale in loss' dtype, rounded once; exactly 0 where the scale is."""
+    flat = loss.reshape(-1)
+    with np.errstate(all="ignore"):
+        return np.where(scale == 0, 0.0, flat * scale).astype(loss.dtype).reshape(loss.shape)
+
+
+class TokenScores(NamedTuple):
+    """What score_tokens gives; each field is an array of the targets' shape, or None if it was not asked for."""
+
+    logprob: Any
+    logsumexp: Any
+    argmax: Any
+    rank: Any = None
+    entropy: Any = None
+
+
+def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels="auto"):
+    """The log-probability of each target: log softmax(logits)[target].
+
+    Args:
+        logits: float16, bfloat16, float32 or float64, with the classes along `axis`.
+        targets: integers, logits' shape without `axis`.
+        ignore_index: the result is 0 where the target is this number.
+        axis: the class axis.
+        check_labels: "raise" raises for a target out of range, "nan" makes its result NaN; "auto" raises on NumPy.
+    Returns:
+        logits' shape without `axis`, float32, or float64 for float64 logits; in nats, never positive.
+    Raises:
+        TypeError, ValueError: as cross_entropy.
+
+    >>> token_logprobs(np.array([[1.0, 2.0, 3.0]]), [2])
+    array([-0.40760596])
+    """
+    logits = _check.logits(logits)
+    family = kernels("softmax", logits=logits, targets=targets)
+    ignore = _check.integer(ignore_index, "ignore_index")
+    loss, _ = _sparse(family, logits, targets, axis, None, ignore, check_labels, "targets")
+    return (0 - loss)[()]
+
+
+def score_tokens(logits, targets, *, rank=False, entropy=False, ignore_index=-100, axis=-1, check_labels="auto"):
+    """What the logits say of each target, from one pass over them.
+
+    Args:
+        logits: float16, bfloat16, float32 or float64, with the classes along `axis`.
+        targets: integers, logits' shape without `axis`.
+        rank, entropy: whether these fields are wanted.
+        ignore_index: rows with this target are not looked at: 0 in the fields of floats, -1 in the others.
+        axis: the class axis.
+        check_labels: "raise" raises for a target out of range, "nan" makes its floats NaN; "auto" raises on NumPy.
+    Returns:
+        TokenScores of arrays of logits' shape without `axis`:
+        logprob: log softmax(logits)[target], float32, or float64 for float64 logits; in nats.
+        logsumexp: log(sum(exp(logits))), same dtype.
+        argmax: the class of the largest logit, the first of equal ones, int64.
+        rank: the number of classes with a larger logit than the target's, int64; 0 means the target is on top.
+        entropy: of softmax(logits), in nats; right to 4 eps of the larger of itself and -logprob.
+    Raises:
+        TypeError, ValueError: as cross_entropy.
+
+    >>> score_tokens(np.array([[1.0, 2.0, 3.0]]), [1], rank=True).rank
+    array([1])
+    """
+    return _score(logits, targets, None, rank, entropy, ignore_index, axis, check_labels)
+
+
+def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_labels):
+    """score_tokens, but for rows of weight 0 (weights are flat float64, or None)."""
+    logits = _check.logits(logits)
+    family = kernels("softmax", logits=logits, targets=targets)
+    x = _check.class_axis_last(logits, axis)
+    _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
+    ignore = _check.integer(ignore_index, "ignore_index")
+    shape, classes, dtype = x.shape[:-1], x.shape[-1], _check.result_dtype(x)
+    y, given = _check.labels(targets, shape, "targets", logits.shape)
+    floats = [np.empty(shape, dtype), np.empty(shape, dtype)]
+    fields = [*floats, np.empty(shape, np.int64)]
+    fields.append(np.empty(shape, np.int64) if rank else None)
+    fields.append(np.empty(shape, dtype) if entropy else None)
+    flat = [None if field is None else field.reshape(-1) for field in fields]
+    bad = 0
+    for begin, end, [(like, rows, _)] in _check.pieces(x):
+        n = end - begin
+        part = None if weights is None else weights[begin:end]
+        out = [None if field is None else field[begin:end] for field in flat]
+        bad += family.score(n * classes, n, like, rows, y[begin:end], part, ignore, *out)
+    if bad and check_labels != "nan":
+        _check.raise_bad_label(given, classes, _counted(y, weights, ignore), "targets")
+    return TokenScores(*(None if field is None else field[()] for field in fields))
+
+
+def softmax(logits, axis=-1, name=None):
+    """exp(logits) / sum(exp(logits)) along an axis.
+
+    Args:
+        logits: float16, bfloat16, float32 or float64, at least one dimension.
+        axis: the class axis.
+        name: ignored, for compatibility.
+    Returns:
+        logits' shape, float32, or float64 for float64 logits; error under 4 eps of each entry. NaN in a row that holds
+        NaN or +inf or nothing but -inf.
+    Raises:
+        TypeError, ValueError: as cross_entropy.
+    Source: tf.nn.softmax, TF 2.21; differs in giving float32 for 16-bit logits.
+
+    >>> softmax(np.array([0.0, 0.0]))
+    array([0.5, 0.5])
+    """
+    return _normalized(logits, axis, False)
+
+
+def log_softmax(logits, axis=-1, name=None):
+    """log(softmax(logits)) along an axis, right relatively also for the largest class.
+
+    Arguments, result and errors are those of softmax; -inf where a logit is.
+    Source: tf.nn.log_softmax, TF 2.21; differs in giving float32 for 16-bit logits.
+
+    >>> log_softmax(np.array([0.0, 0.0]))
+    array([-0.69314718, -0.69314718])
+    """
+    return _normalized(logits, axis, True)
+
+
+def _normalized(logits, axis, logarithm):
+    logits = _check.logits(logits)
+    family = kernels("softmax", logits=logits)
+    x = _check.class_axis_last(logits, axis)
+    out = np.empty(x.shape, _check.result_dtype(x))
+    flat = out.reshape(-1, x.shape[-1])
+    for begin, end, [(like, rows, _)] in _check.pieces(x):
+        family.normalize((end - begin) * x.shape[-1], end - begin, like, rows, logarithm, flat[begin:end])
+    return np.moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
+
+
+def logsumexp(logits, axis=-1, keepdims=False):
+    """log(sum(exp(logits))) along an axis, without overflow.
+
+    Args:
+        logits: float16, bfloat16, float32 or float64, at least one dimension.
+        axis: the axis to sum over.
+        keepdims: whether that axis stays, with length 1.
+    Returns:
+        logits' shape without `axis`, float32, or float64 for float64 logits. -inf for a row of -inf, +inf for a row
+        that holds it, NaN for one that holds NaN.
+    Raises:
+        TypeError, ValueError: as cross_entropy.
+    Source: tf.reduce_logsumexp and scipy.special.logsumexp for one axis.
+
+    >>> logsumexp(np.array([0.0, 0.0]))
+    np.float64(0.6931471805599453)
+    """
+    logits = _check.logits(logits)
+    family = kernels("softmax", logits=logits)
+    x = _check.class_axis_last(logits, axis)
+    lse = np.empty(x.shape[:-1], _check.result_dtype(x))
+    flat = lse.reshape(-1)
+    for begin, end, [(like, rows, _)] in _check.pieces(x):
+        family.logsumexp((end - begin) * x.shape[-1], end - begin, like, rows, flat[begin:end])
+    return np.expand_dims(lse, _check.axis_index(axis, logits.ndim)) if keepdims else lse[()]
