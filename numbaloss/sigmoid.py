@@ -78,7 +78,8 @@ def _binary(labels, logits, pos_weight):
     one_weight = pos_weight is not None and pos_weight.size == 1
     if one_weight:
         operands.pop()
-    views, order = _check.element_rows(*(x.reshape(1) if x.ndim == 0 else x for x in operands))
+    shaped = [x.reshape(1) for x in operands] if logits.ndim == 0 else operands
+    views, order = _check.element_rows(*shaped)
     loss = np.empty(views[0].shape, _check.result_dtype(logits))
     flat = loss.reshape(-1, loss.shape[-1]) if loss.size else loss
     for begin, end, parts in _check.pieces(*views):
@@ -88,6 +89,5 @@ def _binary(labels, logits, pos_weight):
             like_weight, weight_rows, _ = parts[2]
         out = flat[begin:end]
         family.binary_xent(out.size, out.size, like, rows, like_labels, label_rows, like_weight, weight_rows, out)
-    if len(order) < 2 or loss.ndim != len(order):
-        return loss.reshape(logits.shape)[()]
-    return loss.transpose(np.argsort(order))
+    loss = loss.reshape([shaped[0].shape[axis] for axis in order]).transpose(np.argsort(order))
+    return loss if logits.ndim else loss[0]

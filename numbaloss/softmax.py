@@ -174,6 +174,8 @@ def cross_entropy(
         if count < y.size and scale is not None:
             scale = np.where(y == ignore, 0.0, scale)
     else:
+        if targets.dtype.kind == "b":
+            raise TypeError("targets: expected integers, or floats for class probabilities, got dtype bool")
         if ignore_index is not _DEFAULT:
             raise ValueError("ignore_index: expected none with targets that are class probabilities")
         _check.same_shape(targets, "targets", logits.shape, "logits")

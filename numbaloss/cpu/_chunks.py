@@ -289,7 +289,7 @@ def row_sum(like, rows, address, skip, lanes, spare):
 
 @njit
 def row_max(like, rows, address, spare):
-    """(largest logit, its first index) of a row, as max and argmax of NumPy: the first NaN wins."""
+    """(largest logit, its first index) of a row. A row with NaN: that of a positive NaN, or of the largest number."""
     stride, classes = rows[4], rows[5]
     best = chunk_max(like, address, stride, min(CHUNK, classes), -1, spare)
     where = 0
@@ -300,7 +300,7 @@ def row_max(like, rows, address, spare):
     largest = key_value(compute_dtype(like), best)
     for i in range(where, classes):
         x = widen(span(like, address + i * stride, 1)[0])
-        if x == largest or x != x:
+        if x == largest or (x != x and largest != largest):
             where = i
             break
     return largest, where

@@ -1,4 +1,4 @@
-"""Sums of exponentials for few classes: GROUP rows lie side by side in the vector lanes. Bits as in _chunks."""
+"""Sums of exponentials for few classes: a group of rows lies side by side in the vector lanes. Bits as in _chunks."""
 
 import numpy as np
 from numba import njit, types
@@ -20,13 +20,20 @@ from .._scalar import (
 from ._chunks import LOW_64, row_address, term
 from ._memory import span, transpose_16, widen
 
-GROUP = 64  # rows
 STEP = 2  # classes at a time
+FEW = 8  # classes up to which a comparison with each finds the target faster than an index
+NOT_COUNTED, BAD = -1, -2
 
 
 @njit
-def load_columns(like, rows, first, size, columns):
-    """columns[j * GROUP + i] = logit j of row first + i; rows up to the next outer stride lie evenly apart."""
+def group_of(classes):
+    """The number of rows side by side: what the first-level cache holds, a multiple of 16."""
+    return min(256, max(32, 12800 // classes // 16 * 16))
+
+
+@njit
+def load_columns(like, rows, first, size, group, columns):
+    """columns[j * group + i] = logit j of row first + i; rows up to the next outer stride lie evenly apart."""
     _, inner, _, inner_stride, stride, classes = rows
     begin = 0
     while begin < size:
@@ -35,10 +42,10 @@ def load_columns(like, rows, first, size, columns):
         blocks, block_classes = 0, 0
         if stride == like.itemsize:
             blocks, block_classes = run // 16, classes // 16 * 16
-            transpose_blocks(like, address, inner_stride, blocks, block_classes, columns[begin:])
+            transpose_blocks(like, address, inner_stride, blocks, block_classes, group, columns[begin:])
         for j in range(classes):
             done = blocks * 16 if j < block_classes else 0
-            column = columns[j * GROUP + begin + done : j * GROUP + begin + run]
+            column = columns[j * group + begin + done : j * group + begin + run]
             at = address + j * stride + done * inner_stride
             if inner_stride == like.itemsize:
                 x = span(like, at, column.size)
@@ -50,42 +57,70 @@ def load_columns(like, rows, first, size, columns):
         begin += run
 
 
-def transpose_blocks(like, address, stride, blocks, classes, columns):
+def transpose_blocks(like, address, stride, blocks, classes, group, columns):
     """The first blocks * 16 rows and `classes` classes of load_columns, 16 by 16."""
 
 
 @overload(transpose_blocks)
-def _transpose_blocks(like, address, stride, blocks, classes, columns):
+def _transpose_blocks(like, address, stride, blocks, classes, group, columns):
     if like.dtype == types.float64:
 
-        def one_by_one(like, address, stride, blocks, classes, columns):
+        def one_by_one(like, address, stride, blocks, classes, group, columns):
             for i in range(blocks * 16):
                 for j in range(classes):
-                    columns[j * GROUP + i] = span(like, address + i * stride, classes)[j]
+                    columns[j * group + i] = span(like, address + i * stride, classes)[j]
 
         return one_by_one
 
-    def by_sixteen(like, address, stride, blocks, classes, columns):
+    def by_sixteen(like, address, stride, blocks, classes, group, columns):
         target, item = columns.ctypes.data, columns.itemsize
         for i in range(0, blocks * 16, 16):
             for j in range(0, classes, 16):
                 source = address + i * stride + j * like.itemsize
-                transpose_16(like, source, stride, target + (j * GROUP + i) * item, GROUP * item)
+                transpose_16(
+                    like, source, stride, source + group * stride, target + (j * group + i) * item, group * item
+                )
 
     return by_sixteen
 
 
 @njit
-def sum_columns(classes, columns, s, c):
-    """(s[i], c[i]) as row_sum gives them, for GROUP rows of up to NARROW classes; overwrites the columns.
+def take_targets(classes, targets, columns, x):
+    """x[i] = the target's logit, whose place among the columns becomes -inf: by comparison for few classes.
+
+    A target of NOT_COUNTED makes the whole row -inf and x 0, so that its loss is 0; a BAD one makes x NaN.
+    """
+    group = np.uint64(targets.size)
+    low = columns.dtype.type(-np.inf)
+    for i in range(group):
+        x[i] = select(targets[i] == BAD, np.nan, 0.0)
+    if classes <= FEW:
+        for j in range(classes):
+            column = columns[j * targets.size : (j + 1) * targets.size]
+            for i in range(group):
+                hit = targets[i] == j
+                x[i] = select(hit, np.float64(column[i]), x[i])
+                column[i] = select(hit | (targets[i] == NOT_COUNTED), low, column[i])
+    else:
+        for i in range(targets.size):
+            if targets[i] >= 0:
+                at = targets[i] * targets.size + i
+                x[i] = columns[at]
+                columns[at] = low
+            elif targets[i] == NOT_COUNTED:
+                columns[i :: targets.size] = low
+
+
+@njit
+def sum_columns(classes, columns, frames, s, c):
+    """(s[i], c[i]) as row_sum gives them, for a group of rows; overwrites the columns. `frames` is room for (4, group).
 
     One lane a class: the terms of class j of all rows at once, then the butterfly over the classes.
     """
-    group, zero = np.uint64(GROUP), columns.dtype.type(0)
-    high = np.empty(GROUP, columns.dtype)
-    m, low, shift = np.empty_like(high), np.empty_like(high), np.empty_like(high)
+    group, zero = np.uint64(s.size), columns.dtype.type(0)
+    high, m, low, shift = frames[0], frames[1], frames[2], frames[3]
     padded = (classes + STEP - 1) // STEP * STEP
-    columns[classes * GROUP : padded * GROUP] = -np.inf
+    columns[classes * s.size : padded * s.size] = -np.inf
     high[:] = -np.inf
     for j in range(np.uint64(0), np.uint64(padded), np.uint64(STEP)):
         a, b = columns[j * group : (j + np.uint64(1)) * group], columns[(j + np.uint64(1)) * group :]

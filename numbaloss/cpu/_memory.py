@@ -47,9 +47,10 @@ def _widen(x):
 
 
 @intrinsic
-def transpose_16(typingctx, like, source, source_stride, target, target_stride):
+def transpose_16(typingctx, like, source, source_stride, ahead, target, target_stride):
     """16 rows of 16 neighbouring logits at `source` become 16 rows of float32 at `target`; strides in bytes.
 
+    Rows at `ahead`, which may not exist, are asked for meanwhile.
     Four stages that interleave vector i with vector i + 8 transpose; LLVM turns them into the machine's own shuffles.
     """
     kinds = {types.float32: ir.FloatType(), types.int16: ir.HalfType(), types.uint16: ir.IntType(16)}
@@ -57,7 +58,7 @@ def transpose_16(typingctx, like, source, source_stride, target, target_stride):
         return None
 
     def codegen(context, builder, sig, args):
-        _, source, source_stride, target, target_stride = args
+        _, source, source_stride, ahead, target, target_stride = args
         kind, item = kinds[like.dtype], 4 if like.dtype == types.float32 else 2
         wide = ir.VectorType(ir.FloatType(), 16)
         words = ir.VectorType(ir.IntType(32), 16)
@@ -74,8 +75,8 @@ def transpose_16(typingctx, like, source, source_stride, target, target_stride):
 
         rows = []
         for i in range(16):
-            ahead = builder.add(source, builder.mul(source_stride, ir.Constant(source_stride.type, i + 64)))
-            builder.call(prefetch, [builder.inttoptr(ahead, byte), *flags])
+            later = builder.add(ahead, builder.mul(source_stride, ir.Constant(source_stride.type, i)))
+            builder.call(prefetch, [builder.inttoptr(later, byte), *flags])
             x = builder.load(row(source, source_stride, i, kind), align=item)
             if like.dtype == types.int16:
                 x = builder.fpext(x, wide)
@@ -91,7 +92,7 @@ def transpose_16(typingctx, like, source, source_stride, target, target_stride):
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(like, i64, i64, i64, i64), codegen
+    return types.void(like, i64, i64, i64, i64, i64), codegen
 
 
 def compute_dtype(like):

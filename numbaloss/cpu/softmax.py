@@ -32,10 +32,11 @@ from .._scalar import (
     target_lse,
 )
 from ._chunks import LOW_64, chunk_sum, fold_lanes, first_nan, row_address, row_max, row_moments, row_rank, row_sum
-from ._columns import GROUP, STEP, load_columns, sum_columns
+from ._columns import BAD, NOT_COUNTED, STEP, group_of, load_columns, sum_columns, take_targets
 from ._launch import Kernel
 from ._memory import compute_dtype, gather, scratch, span, widen
 
+GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
 SPLIT = 64  # with fewer rows than this, the chunks of a row go to different threads
 
@@ -126,31 +127,30 @@ sparse_xent = Kernel(_sparse_xent)
 
 
 def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
-    """As sparse_xent, for up to NARROW classes: GROUP rows lie side by side in the vector lanes."""
+    """As sparse_xent, for up to NARROW classes: a group of rows lies side by side in the vector lanes."""
     classes = rows[5]
+    group = group_of(classes)
     n = loss.size
     bad = np.zeros(blocks, np.int64)
     for block in prange(blocks):
-        columns = scratch((classes + STEP) * GROUP, compute_dtype(like))
+        columns = scratch((classes + STEP) * group, compute_dtype(like))
+        frames = scratch(4 * group, columns).reshape((4, group))
         columns[:] = 0
-        s, c, x, u = np.empty(GROUP), np.empty(GROUP), np.empty(GROUP), np.empty(GROUP)
-        for first in range(block * n // blocks, (block + 1) * n // blocks, GROUP):
-            size = min(GROUP, (block + 1) * n // blocks - first)
-            load_columns(like, rows, first, size, columns)
-            for i in range(size):
-                y = labels[first + i]
-                x[i] = 0.0
-                if not counts(first + i, labels, weights, ignore_index):
-                    columns[i :: GROUP] = -np.inf  # no others: the loss is 0
-                elif 0 <= y < classes:
-                    at = y * GROUP + i
-                    x[i] = columns[at]
-                    columns[at] = -np.inf
-                else:
-                    x[i] = np.nan
-                    bad[block] += 1
-            sum_columns(classes, columns, s, c)
+        targets, wrong = np.empty(group, np.int64), 0
+        s, c, x, u = np.empty(group), np.empty(group), np.empty(group), np.empty(group)
+        for first in range(block * n // blocks, (block + 1) * n // blocks, group):
+            size = min(group, (block + 1) * n // blocks - first)
+            load_columns(like, rows, first, size, group, columns)
+            targets[:] = NOT_COUNTED
+            for i in range(np.uint64(size)):
+                r = np.uint64(first) + i
+                y = labels[r]
+                targets[i] = select(counts(r, labels, weights, ignore_index), y if 0 <= y < classes else BAD, NOT_COUNTED)
+                wrong += targets[i] == BAD
+            take_targets(classes, targets, columns, x)
+            sum_columns(classes, columns, frames, s, c)
             finish(s, c, x, u, loss[first : first + size])
+        bad[block] = wrong
     return bad.sum()
 
 
@@ -180,7 +180,7 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
                 x = np.float64(target)
                 u = others_to_target(s, c, x)
                 loss = target_loss(u, s, c, x)
-                logprob[r], lse[r] = -loss, target_lse(u, s, c, x, loss)
+                logprob[r], lse[r] = 0.0 - loss, target_lse(u, s, c, x, loss)
                 argmax[r] = row_max(like, rows, address, spare)[1]
                 if loss != loss:  # lse of a row that is all -inf or holds +inf or NaN
                     lse[r] = plain_lse(like, rows, address, lanes, spare)
@@ -294,10 +294,11 @@ def log_tile(x, largest, log1p_u, out):
 @njit
 def exp_tile(x, largest, u, out):
     m, low, shift, scale = softmax_frame(largest, u)
+    top = out.dtype.type(1.0 / (1.0 + u))
     for i in range(np.uint64(out.size)):
         v = widen(x[i]) - shift
         p, t = split(select(v < low, low, v), m)
-        out[i] = p * low_bits_exponent(t) * scale
+        out[i] = select(widen(x[i]) == largest, top, p * low_bits_exponent(t) * scale)
 
 
 def split(x, m):

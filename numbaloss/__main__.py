@@ -1,0 +1,5 @@
+"""python -m numbaloss"""
+
+from .cli import main
+
+raise SystemExit(main())
