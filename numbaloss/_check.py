@@ -17,7 +17,7 @@ _KINDS = {  # dtype name -> an empty array of the dtype that the kernels know it
     "float32": np.empty(0, np.float32),
     "float64": np.empty(0, np.float64),
 }
-NO_LABEL = -(2**63)  # an ignore_index that ignores nothing: the one label that is out of range in every dtype
+NO_LABEL = -(2**63)  # the ignore_index that ignores nothing
 _BY_DTYPE = {}
 _INT64_MAX = np.iinfo(np.int64).max
 
@@ -45,7 +45,7 @@ def logits(x, name="logits"):
     """x as an array of a float dtype."""
     x = array(x, name)
     if carrier(x.dtype) is None:
-        hint = '; view bfloat16 bits as ml_dtypes.bfloat16' if x.dtype in (np.dtype("uint16"), np.dtype("V2")) else ""
+        hint = "; view bfloat16 bits as ml_dtypes.bfloat16" if x.dtype in (np.dtype("uint16"), np.dtype("V2")) else ""
         raise TypeError(f"{name}: expected dtype float16, bfloat16, float32 or float64, got {x.dtype}{hint}")
     return x
 
@@ -206,4 +206,3 @@ def _layout(x):
     inner, inner_stride = merged[-1] if merged else (1, 0)
     outer_stride = merged[0][1] if len(merged) == 2 else 0
     return address, inner, outer_stride, inner_stride, strides[-1], shape[-1]
-

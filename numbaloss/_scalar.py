@@ -264,16 +264,19 @@ def target_lse(u, s, c, x, loss):
 
 
 @scalar
-def target_entropy(u, s, c, b, x, loss):
-    """Entropy in nats of a row whose others sum to s * e^c, with b the sum of exp(x_j - c) * (x_j - c) over them."""
-    near = loss - fma(s, c - x, b) * exp_64(c - x) / (1.0 + u)
-    far = log_plus(select(s > 0.0, s, 1.0), 0.0) - b / s
-    return select(s == 0.0, select(loss == loss, 0.0, loss), select(u == np.inf, far, near))
+def row_entropy(s, c, b, x):
+    """Entropy in nats of a row whose largest logit is x: log(1 + u) + sum_j e^d_j (-d_j) / (1 + u), d_j = x_j - x.
+
+    The other logits sum to s * e^c, and b is the sum of exp(x_j - c) * (x_j - c) over them. No term is negative.
+    """
+    u = others_to_target(s, c, x)
+    entropy = target_loss(u, s, c, x) - fma(s, c - x, b) * exp_64(c - x) / (1.0 + u)
+    return select(s == 0.0, 0.0, entropy)
 
 
 @scalar
 def merge_moments(s, c, b, s2, c2, b2):
-    """merge for (s, c) with b as in target_entropy."""
+    """merge for (s, c) with b as in row_entropy."""
     high = select(c >= c2, c, c2)
     w, w2 = exp_64(c - high), exp_64(c2 - high)
     first = select(s == 0.0, 0.0, fma(s, c - high, b) * w)

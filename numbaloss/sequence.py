@@ -53,11 +53,14 @@ def sequence_loss(
     np.float64(0.31326168751822286)
     """
     at, ab, st, sb = average_across_timesteps, average_across_batch, sum_over_timesteps, sum_over_batch
-    if (at and st) or (ab and sb):
-        axis = "timesteps" if at and st else "batch"
-        raise ValueError(f"average_across_{axis} and sum_over_{axis} cannot be set to True at same time")
-    if (ab and st) or (sb and at):
-        raise ValueError("averaging over one axis and summing over the other is refused because of ambiguous order")
+    for one, other, first, second, why in (
+        (at, st, "average_across_timesteps", "sum_over_timesteps", ""),
+        (ab, sb, "average_across_batch", "sum_over_batch", ""),
+        (ab, st, "average_across_batch", "sum_over_timesteps", " because of ambiguous order"),
+        (sb, at, "sum_over_batch", "average_across_timesteps", " because of ambiguous order"),
+    ):
+        if one and other:
+            raise ValueError(f"{first} and {second} cannot be set to True at same time{why}")
     logits = _check.logits(logits)
     if logits.ndim != 3:
         raise ValueError(f"logits: expected shape [batch, time, classes], got {logits.shape}")

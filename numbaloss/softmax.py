@@ -112,7 +112,7 @@ def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, n
 
 def _counted(y, weights, ignore):
     """Which rows are looked at."""
-    counted = y != ignore
+    counted = (y != ignore) | (ignore == _check.NO_LABEL)
     return counted if weights is None else counted & (weights != 0)
 
 
@@ -191,11 +191,12 @@ def _reduce(loss, scale, count, reduction):
     if reduction == "none":
         return loss[()] if scale is None else scaled(loss, scale)[()]
     total = kernels("totals", loss=loss).total
-    top = total(loss.size, loss.size, loss.reshape(-1), scale)
-    if reduction == "sum":
-        return dtype(top)
-    bottom = count if scale is None else total(scale.size, scale.size, scale, None)
-    return dtype(top / bottom) if bottom else dtype(np.nan if top == 0 else top * np.inf)
+    top = np.float64(total(loss.size, loss.size, loss.reshape(-1), scale))
+    bottom = 1.0
+    if reduction == "mean":
+        bottom = count if scale is None else total(scale.size, scale.size, scale, None)
+    with np.errstate(all="ignore"):
+        return dtype(top / bottom)
 
 
 def scaled(loss, scale):
@@ -255,7 +256,7 @@ def score_tokens(logits, targets, *, rank=False, entropy=False, ignore_index=-10
         logsumexp: log(sum(exp(logits))), same dtype.
         argmax: the class of the largest logit, the first of equal ones, int64.
         rank: the number of classes with a larger logit than the target's, int64; 0 means the target is on top.
-        entropy: of softmax(logits), in nats; right to 4 eps of the larger of itself and -logprob.
+        entropy: of softmax(logits), in nats, right relatively.
     Raises:
         TypeError, ValueError: as cross_entropy.
 
@@ -328,8 +329,9 @@ def _normalized(logits, axis, logarithm):
     x = _check.class_axis_last(logits, axis)
     out = np.empty(x.shape, _check.result_dtype(x))
     flat = out.reshape(-1, x.shape[-1])
+    kernel = family.narrow_normalize if x.shape[-1] <= family.NARROW else family.normalize
     for begin, end, [(like, rows, _)] in _check.pieces(x):
-        family.normalize((end - begin) * x.shape[-1], end - begin, like, rows, logarithm, flat[begin:end])
+        kernel((end - begin) * x.shape[-1], end - begin, like, rows, logarithm, flat[begin:end])
     return np.moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
 
 

@@ -57,17 +57,22 @@ class Evaluation:
         logits = _check.logits(logits)
         scale = _check.weights(weights, logits.shape[:-1])
         if scale is not None and not ((scale >= 0) & (scale < np.inf)).all():
-            raise ValueError("weights: expected finite numbers that are not negative, got others")
+            first = int(np.argmin((scale >= 0) & (scale < np.inf)))
+            where = tuple(int(i) for i in np.unravel_index(first, logits.shape[:-1])) if logits.ndim > 1 else ()
+            raise ValueError(f"weights: expected finite numbers from 0 on, got {scale[first]} at position {where}")
         scores = _score(logits, targets, scale, False, False, self.ignore_index, -1, "raise")
         y = _check.labels(targets, logits.shape[:-1], "targets", logits.shape)[0]
         counted = y != self.ignore_index
         if scale is not None:
             counted &= scale != 0
-        self.add(-np.ravel(scores.logprob), np.ravel(scores.argmax) == y, counted, scale)
-        return self
+        return self.add(-np.ravel(scores.logprob), np.ravel(scores.argmax) == y, counted, scale)
 
     def add(self, loss, correct, counted, weights=None):
-        """Add tokens that are scored already: flat arrays of losses in nats and booleans, weights float64 or None."""
+        """Add tokens that are scored already; returns self.
+
+        Args:
+            loss: nats, (n,). correct, counted: booleans, (n,). weights: float64, (n,), or None.
+        """
         weight = counted.astype(np.float64) if weights is None else np.where(counted, weights, 0.0)
         loss = np.where(counted, loss, 0).astype(np.float64)
         square = weight * weight
@@ -78,6 +83,7 @@ class Evaluation:
         for words, values in zip(self._words, products):
             family.accumulate(values.size, values.size, values, None, words)
         self._tokens += int(np.count_nonzero(counted))
+        return self
 
     def merge(self, other):
         """Add all that another Evaluation has seen; returns self."""
@@ -105,8 +111,10 @@ class Evaluation:
             family.round_total(0, 1, words) for words in self._words
         )
         mean = loss / weight
-        spread = max(0.0, math.fsum((square_loss2, -2 * mean * square_loss, mean * mean * square)))
-        error = math.sqrt(spread * n / (n - 1)) / weight if n > 1 else math.nan
+        error = math.nan
+        if n > 1 and math.isfinite(mean):
+            spread = max(0.0, math.fsum((square_loss2, -2 * mean * square_loss, mean * mean * square)))
+            error = math.sqrt(spread * n / (n - 1)) / weight
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(mean))
         return EvaluationResult(n, weight, mean, perplexity, mean / math.log(2), correct / weight, error)

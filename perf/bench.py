@@ -88,6 +88,7 @@ def row(table, case, contenders, nbytes):
 
 def write(name, table):
     """Print nothing more; write the table with machine, versions and date into perf/results/."""
+
     def have(package):
         try:
             return version(package)

@@ -7,6 +7,7 @@ parent had started threads (GNU OpenMP would end them).
 
 import os
 import threading
+import types
 
 import numba
 from numba import njit
@@ -45,7 +46,15 @@ _STAMP = _package_stamp()
 
 
 def _compile(function, parallel):
-    """`function` for Numba's disk cache, or for this process alone where no folder can be written."""
+    """`function` for Numba's disk cache, or for this process alone where no folder can be written.
+
+    Numba's cache goes by name and signature, not by options: the serial form needs a name of its own.
+    """
+    if not parallel:
+        copy = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+        copy.__qualname__ = function.__qualname__ + "_serial"
+        copy.__module__, copy.__doc__ = function.__module__, function.__doc__
+        function = copy
     kernel = njit(parallel=parallel, **_OPTIONS)(function)
     try:
         kernel.enable_caching()
@@ -73,7 +82,9 @@ class Kernel:
         if work > _SMALL and not _forked and numba.get_num_threads() > 1 and _busy.acquire(blocking=False):
             try:
                 _started = True
-                return self._run(self.parallel, (max(1, min(items, BLOCKS_PER_THREAD * numba.get_num_threads())), *args))
+                return self._run(
+                    self.parallel, (max(1, min(items, BLOCKS_PER_THREAD * numba.get_num_threads())), *args)
+                )
             finally:
                 _busy.release()
         return self._run(self.serial, (1, *args))

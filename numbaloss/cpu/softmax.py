@@ -24,10 +24,10 @@ from .._scalar import (
     low_bits_exponent,
     merge,
     others_to_target,
+    row_entropy,
     select,
     split_32,
     split_64,
-    target_entropy,
     target_loss,
     target_lse,
 )
@@ -38,6 +38,7 @@ from ._memory import compute_dtype, gather, scratch, span, widen
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
+NO_LABEL = np.int64(-(2**63))
 SPLIT = 64  # with fewer rows than this, the chunks of a row go to different threads
 
 
@@ -52,8 +53,8 @@ def finish(s, c, x, u, loss):
 
 @njit
 def counts(r, labels, weights, ignore_index):
-    """Whether row r is looked at."""
-    return labels[r] != ignore_index and not weight_is_zero(r, weights)
+    """Whether row r is looked at. An ignore_index of NO_LABEL ignores none."""
+    return (labels[r] != ignore_index or ignore_index == NO_LABEL) and not weight_is_zero(r, weights)
 
 
 def weight_is_zero(r, weights):
@@ -145,7 +146,9 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
             for i in range(np.uint64(size)):
                 r = np.uint64(first) + i
                 y = labels[r]
-                targets[i] = select(counts(r, labels, weights, ignore_index), y if 0 <= y < classes else BAD, NOT_COUNTED)
+                targets[i] = select(
+                    counts(r, labels, weights, ignore_index), y if 0 <= y < classes else BAD, NOT_COUNTED
+                )
                 wrong += targets[i] == BAD
             take_targets(classes, targets, columns, x)
             sum_columns(classes, columns, frames, s, c)
@@ -175,20 +178,22 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
             store(rank, r, -1)
             store(entropy, r, value)
             if looked_at:
-                s, c, b = sums_for(entropy, like, rows, address, y, lanes, spare)
+                s, c = row_sum(like, rows, address, y, lanes, spare)
                 target = widen(span(like, address + y * stride, 1)[0])
                 x = np.float64(target)
                 u = others_to_target(s, c, x)
                 loss = target_loss(u, s, c, x)
                 logprob[r], lse[r] = 0.0 - loss, target_lse(u, s, c, x, loss)
-                argmax[r] = row_max(like, rows, address, spare)[1]
+                largest, argmax[r] = row_max(like, rows, address, spare)
                 if loss != loss:  # lse of a row that is all -inf or holds +inf or NaN
                     lse[r] = plain_lse(like, rows, address, lanes, spare)
                     if lse[r] != lse[r]:
                         argmax[r] = first_nan(like, rows, address)
                 if rank is not None:
                     rank[r] = row_rank(like, rows, address, target, spare)
-                store(entropy, r, target_entropy(u, s, c, b, x, loss))
+                if entropy is not None:
+                    s, c, b = row_moments(like, rows, address, argmax[r], lanes, spare)
+                    entropy[r] = row_entropy(s, c, b, np.float64(largest)) if -np.inf < lse[r] < np.inf else np.nan
     return bad.sum()
 
 
@@ -205,24 +210,6 @@ def _store(array, r, value):
         array[r] = value
 
     return put
-
-
-def sums_for(entropy, like, rows, address, skip, lanes, spare):
-    """row_moments if the entropy is wanted, else row_sum and 0."""
-
-
-@overload(sums_for)
-def _sums_for(entropy, like, rows, address, skip, lanes, spare):
-    if entropy == types.none:
-
-        def sums(entropy, like, rows, address, skip, lanes, spare):
-            s, c = row_sum(like, rows, address, skip, lanes, spare)
-            return s, c, 0.0
-
-        return sums
-    return lambda entropy, like, rows, address, skip, lanes, spare: row_moments(
-        like, rows, address, skip, lanes, spare
-    )
 
 
 score = Kernel(_score)
@@ -270,35 +257,111 @@ def _normalize(blocks, like, rows, logarithm, out):
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             address = row_address(rows, r)
             largest, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
-            if log1p_u != log1p_u:
-                out[r] = np.nan
-            else:
-                for begin in range(0, classes, LANES):
-                    size = min(LANES, classes - begin)
-                    x = gather(like, address + begin * stride, stride, size, spare)
-                    if logarithm:
-                        log_tile(x, largest, lanes.dtype.type(log1p_u), out[r, begin : begin + size])
-                    else:
-                        exp_tile(x, largest, u, out[r, begin : begin + size])
+            loss = lanes.dtype.type(log1p_u)
+            for begin in range(0, classes, LANES):
+                size = min(LANES, classes - begin)
+                x = gather(like, address + begin * stride, stride, size, spare)
+                if logarithm:
+                    log_tile(x, largest, loss, out[r, begin : begin + size])
+                else:
+                    exp_tile(x, largest, u, loss, out[r, begin : begin + size])
 
 
 normalize = Kernel(_normalize)
 
 
+def _narrow_normalize(blocks, like, rows, logarithm, out):
+    """As normalize, for up to NARROW classes: a group of rows lies side by side in the vector lanes."""
+    n, classes = out.shape
+    group = group_of(classes)
+    for block in prange(blocks):
+        columns = scratch((classes + STEP) * group, compute_dtype(like))
+        terms, frames = np.empty_like(columns), scratch(5 * group, columns).reshape((5, group))
+        columns[:] = 0
+        largest, targets = np.empty(group, columns.dtype), np.empty(group, np.int64)
+        s, c, x, u = np.empty(group), np.empty(group), np.empty(group), np.empty(group)
+        loss = np.empty(group, columns.dtype)
+        for first in range(block * n // blocks, (block + 1) * n // blocks, group):
+            size = min(group, (block + 1) * n // blocks - first)
+            load_columns(like, rows, first, size, group, columns)
+            terms[:] = columns
+            largest_columns(classes, columns, largest, targets)
+            take_targets(classes, targets, terms, x)
+            sum_columns(classes, terms, frames, s, c)
+            finish(s, c, x, u, loss)
+            fill_frames(largest, u, loss, frames)
+            for j in range(classes):
+                column = columns[j * group : (j + 1) * group]
+                if logarithm:
+                    log_column(column, largest, loss)
+                else:
+                    exp_column(column, largest, frames)
+            for i in range(size):
+                row = out[first + i]
+                for j in range(np.uint64(classes)):
+                    row[j] = columns[j * np.uint64(group) + np.uint64(i)]
+
+
+narrow_normalize = Kernel(_narrow_normalize)
+
+
+@njit
+def log_column(x, largest, log1p_u):
+    for i in range(np.uint64(x.size)):
+        x[i] = log_softmax_of(x[i], largest[i], log1p_u[i])
+
+
+@njit
+def fill_frames(largest, u, log1p_u, frames):
+    m, low, shift, scale, top = frames[0], frames[1], frames[2], frames[3], frames[4]
+    for i in range(np.uint64(largest.size)):
+        m[i], low[i], shift[i], scale[i], top[i] = softmax_frame(largest[i], u[i], log1p_u[i])
+
+
+@njit
+def exp_column(x, largest, frames):
+    m, low, shift, scale, top = frames[0], frames[1], frames[2], frames[3], frames[4]
+    for i in range(np.uint64(x.size)):
+        x[i] = softmax_of(x[i], largest[i], m[i], low[i], shift[i], scale[i], top[i])
+
+
+@njit
+def largest_columns(classes, columns, largest, targets):
+    """The largest logit of each row of a group, and its first index."""
+    group = np.uint64(targets.size)
+    largest[:] = -np.inf
+    targets[:] = 0
+    for j in range(classes):
+        column = columns[j * targets.size : (j + 1) * targets.size]
+        for i in range(group):
+            more = column[i] > largest[i]
+            largest[i] = select(more, column[i], largest[i])
+            targets[i] = select(more, j, targets[i])
+
+
 @njit
 def log_tile(x, largest, log1p_u, out):
     for i in range(np.uint64(out.size)):
-        out[i] = (widen(x[i]) - largest) - log1p_u
+        out[i] = log_softmax_of(widen(x[i]), largest, log1p_u)
 
 
 @njit
-def exp_tile(x, largest, u, out):
-    m, low, shift, scale = softmax_frame(largest, u)
-    top = out.dtype.type(1.0 / (1.0 + u))
+def log_softmax_of(x, largest, log1p_u):
+    return (x - largest) - log1p_u
+
+
+@njit
+def exp_tile(x, largest, u, log1p_u, out):
+    m, low, shift, scale, top = softmax_frame(largest, u, log1p_u)
     for i in range(np.uint64(out.size)):
-        v = widen(x[i]) - shift
-        p, t = split(select(v < low, low, v), m)
-        out[i] = select(widen(x[i]) == largest, top, p * low_bits_exponent(t) * scale)
+        out[i] = softmax_of(widen(x[i]), largest, m, low, shift, scale, top)
+
+
+@njit
+def softmax_of(x, largest, m, low, shift, scale, top):
+    v = x - shift
+    p, t = split(select(v < low, low, v), m)
+    return select(x == largest, top, p * low_bits_exponent(t) * scale)
 
 
 def split(x, m):
@@ -312,25 +375,34 @@ def _split(x, m):
     return lambda x, m: split_32(x, m)
 
 
-def softmax_frame(largest, u):
-    """(m, low, shift, scale) with exp(x - largest) / (1 + u) = p * 2^k * scale, (p, t) the split of x - shift.
+def softmax_frame(largest, u, log1p_u):
+    """(m, low, shift, scale, top): exp(x - largest) / (1 + u) = p * 2^k * scale, (p, t) the split of x - shift.
 
+    scale and top are NaN if log1p_u, the loss of the largest class, is.
+    `top` is the largest class's own, 1 / (1 + u), which the product might miss by an ulp and make larger than 1.
     In float32, k is 24 too large and scale 2^24 too small, so that only the last product can be subnormal.
     """
 
 
 @overload(softmax_frame)
-def _softmax_frame(largest, u):
+def _softmax_frame(largest, u, log1p_u):
     if largest == types.float64:
-        return lambda largest, u: (MAGIC_64 + BIAS_64, LOW_64, largest, 1.0 / (1.0 + u))
 
-    def frame_32(largest, u):
+        def frame_64(largest, u, log1p_u):
+            top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
+            return MAGIC_64 + BIAS_64, LOW_64, largest, top, top
+
+        return frame_64
+
+    def frame_32(largest, u, log1p_u):
         n = exponent_32(largest)
         near = abs(n) <= EXP_LIMIT
         ref, shift = select(near, n, ZERO), select(near, ZERO, largest)
         rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift - largest)))
         extra = BIAS + f32(24)
-        return MAGIC + (extra - ref), (ref - extra) * INV_LOG2E_32, shift, f32(exp_64(rest) * 2.0**-24 / (1.0 + u))
+        top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
+        scale = f32(exp_64(rest) * top * 2.0**-24)
+        return MAGIC + (extra - ref), (ref - extra) * INV_LOG2E_32, shift, scale, f32(top)
 
     return frame_32
 

@@ -7,13 +7,13 @@ import queue
 import secrets
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 
-from .. import Evaluation, score_tokens, token_logprobs
+from .. import Evaluation, score_tokens
 from .readers import FileError, open_array
 
 _BLOCK = 16 << 20  # bytes of logits: what has just been read should still be in the processor's cache when it is used
@@ -89,18 +89,19 @@ def _run(task, output, progress):
         _compile(task)
     evaluation, better = Evaluation(), None
     start = time.perf_counter()
-    for first, logits, labels, weights in _blocks(task):
-        counted = task.counted(first, labels, weights)
-        y = labels.astype(np.int64)
-        y[~counted] = -1
-        scores = score_tokens(logits, y, ignore_index=-1)  # one pass serves both the totals and the output
-        evaluation.add(-scores.logprob, scores.argmax == y, counted, weights)
-        if first == 0:
-            better = task.better_shift(logits, labels, counted, -scores.logprob)
-        if output:
-            output.write(scores.logprob[task.scored(first, len(labels))])
-        if progress:
-            progress(first + len(labels), task.rows)
+    with closing(_blocks(task)) as blocks:
+        for first, logits, labels, weights in blocks:
+            counted = task.counted(first, labels, weights)
+            y = labels.astype(np.int64)
+            y[~counted] = -1
+            scores = score_tokens(logits, y, ignore_index=-1)  # one pass serves both the totals and the output
+            evaluation.add(-scores.logprob, scores.argmax == y, counted, weights)
+            if first == 0:
+                better = task.better_shift(logits, labels, counted, -scores.logprob)
+            if output:
+                output.write(scores.logprob[task.scored(first, len(labels))])
+            if progress:
+                progress(first + len(labels), task.rows)
     return evaluation, better, time.perf_counter() - start
 
 
@@ -217,7 +218,7 @@ class _Task:
             if known.any():
                 y = moved.astype(np.int64)
                 y[~known] = -1
-                loss = -token_logprobs(logits[:count], y, ignore_index=-1)[known].mean(dtype=np.float64)
+                loss = -score_tokens(logits[:count], y, ignore_index=-1).logprob[known].mean(dtype=np.float64)
                 if loss < least:
                     best, least = shift, loss
         return best

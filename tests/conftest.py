@@ -1,0 +1,58 @@
+"""Numba's cache of the run is its own, keyed by the package's sources, so a repeated run is quick and none is stale."""
+
+import getpass
+import hashlib
+import importlib.util
+import os
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def package_folder():
+    if importlib.util.find_spec("numbaloss") is None:  # finds, does not import
+        sys.path.insert(0, str(ROOT))
+    return pathlib.Path(importlib.util.find_spec("numbaloss").origin).parent
+
+
+def cache_folder():
+    digest = hashlib.sha256()
+    for path in sorted(package_folder().rglob("*.py")):
+        digest.update(f"{path}\0{path.stat().st_mtime_ns}\0".encode() + path.read_bytes())
+    return os.path.join(tempfile.gettempdir(), f"numbaloss-tests-{getpass.getuser()}-{digest.hexdigest()[:16]}")
+
+
+os.environ["NUMBA_CACHE_DIR"] = cache_folder()
+os.environ.setdefault("NUMBA_NUM_THREADS", str(max(4, os.cpu_count() or 1)))  # several splits even on one core
+
+settings.register_profile("numbaloss", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("numbaloss")
+np.set_printoptions(threshold=50)
+
+
+@pytest.fixture
+def one_thread():
+    """Only the serial form of each kernel is compiled. That threads do not change a bit is tested in test_bits.py."""
+    import numba
+
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    yield
+    numba.set_num_threads(before)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "mutants: edits the sources and expects tests to fail (slow; -m mutants)")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "mutants" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("mutants"):
+                item.add_marker(pytest.mark.skip(reason="slow, asked for with -m mutants"))

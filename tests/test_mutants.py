@@ -1,0 +1,137 @@
+"""Errors put into the sources on purpose: each must make a test fail.
+
+Slow, since every one compiles anew, so only on request: pytest -m mutants
+
+A mutant is a replacement in one file of a copy of the package, and the tests that are to notice it.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.mutants
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+MUTANTS = {
+    "a target at -inf": (
+        "_scalar.py",
+        "loss = select(x == -np.inf, np.inf, loss)",
+        "loss = select(x == -np.inf, loss, loss)",
+        "test_exact.py::test_exact_very_wrong[float32]",
+    ),
+    "another chunk length": (
+        "_scalar.py",
+        "CHUNK = 8192",
+        "CHUNK = 4096",
+        "test_hashes.py::test_hashes[cross_entropy]",
+    ),
+    "the last class of a chunk": (
+        "cpu/_chunks.py",
+        "for begin in range(0, size, LANES):\n        x = gather(like, address + begin * stride, stride, "
+        "min(LANES, size - begin), spare)\n        lane = skip - begin\n        inside",
+        "for begin in range(0, size - 1, LANES):\n        x = gather(like, address + begin * stride, stride, "
+        "min(LANES, size - begin), spare)\n        lane = skip - begin\n        inside",
+        "test_exact.py::test_exact_random[1025-float32]",
+    ),
+    "the target stays in the sum": (
+        "cpu/_chunks.py",
+        "            lanes[lane] = kept\n",
+        "",
+        "test_exact.py::test_exact_random[1025-float32]",
+    ),
+    "the target stays in the sum of few classes": (
+        "cpu/_columns.py",
+        "columns[at] = -np.inf",
+        "pass",
+        "test_exact.py::test_exact_random[10-float32]",
+    ),
+    "a NaN that is not the largest": (
+        "cpu/_chunks.py",
+        "(x != x and largest != largest)",
+        "x != x",
+        "test_special.py::test_rows_without_a_softmax[1100-float32]",
+    ),
+    "-0 below 0": (
+        "cpu/_chunks.py",
+        "ordered_bits(widen(x[i]) + ZERO)",
+        "ordered_bits(widen(x[i]))",
+        "test_softmax.py::test_argmax_of_equal_logits[9000-float32]",
+    ),
+    "exponents that overflow": (
+        "_scalar.py",
+        "HEADROOM = f32(100)",
+        "HEADROOM = f32(1000)",
+        "test_softmax.py::test_losses",
+    ),
+    "logits beyond 2^20": (
+        "_scalar.py",
+        "EXP_LIMIT = f32(2**20",
+        "EXP_LIMIT = f32(2**30",
+        "test_exact.py::test_exact_huge",
+    ),
+    "a row index in 32 bits": (
+        "cpu/_chunks.py",
+        "(r % inner) * inner_stride",
+        "np.int64(np.int32((r % inner) * inner_stride))",
+        "test_softmax.py::test_strides_beyond_32_bits",
+    ),
+    "weights are not read": (
+        "cpu/softmax.py",
+        "return lambda r, weights: weights[r] == 0",
+        "return lambda r, weights: False",
+        "test_special.py::test_rows_that_do_not_count[4-float32]",
+    ),
+    "products in float32": (
+        "cpu/totals.py",
+        "np.float64(value) * scale[i]",
+        "np.float64(np.float32(value * scale[i]))",
+        "test_totals.py::test_reductions[63-float32]",
+    ),
+    "a sum that is half-way": (
+        "cpu/totals.py",
+        "sticky = below != 0",
+        "sticky = False",
+        "test_totals.py::test_total",
+    ),
+    "negative labels wrap": (
+        "cpu/softmax.py",
+        "0 <= y < classes",
+        "-1 <= y < classes",
+        "test_special.py::test_labels_out_of_range",
+    ),
+    "the divisor of sums": (
+        "sequence.py",
+        "(scale != 0).astype(np.float64)",
+        "scale",
+        "test_sequence.py::test_divisors",
+    ),
+    "0 times infinity": (
+        "_scalar.py",
+        "return select(factor == one - one, log1p_exp, fma(abs(x), factor, log1p_exp))",
+        "return fma(abs(x), factor, log1p_exp)",
+        "test_sigmoid.py::test_limits[float32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_is_caught(name, tmp_path):
+    file, old, new, tests = MUTANTS[name]
+    for part in ("numbaloss", "tests"):
+        ignore = shutil.ignore_patterns("__pycache__", "test_mutants.py")
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignore)
+    source = tmp_path / "numbaloss" / file
+    text = source.read_text()
+    assert old in text, f"{file} has changed: renew this mutant"
+    source.write_text(text.replace(old, new))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{tests}"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode != 0, f"not noticed by {tests}"
+    assert run.returncode < 0 or (run.returncode == 1 and " failed" in run.stdout), run.stdout + run.stderr
