@@ -4,6 +4,8 @@ Every multiply-add is an explicit ``fma`` and no expression is left for a compil
 targets round alike. The numbers are defined in docs/NUMERICS.md; constants without a source here are minimax fits.
 """
 
+import platform
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -121,11 +123,27 @@ def from_float16(typingctx, h):
     """The float32 of a float16 held as int16. Exact."""
     if h != types.int16:
         return None
+    return types.float32(h), lambda context, builder, sig, args: widen_half(context, builder, args[0])
 
-    def codegen(context, builder, sig, args):
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), _F32)
 
-    return types.float32(h), codegen
+def widen_half(context, builder, h):
+    """LLVM code for float16 bits to float32, scalars and vectors; by integers on an x86 without the F16C instructions."""
+    lanes = getattr(h.type, "count", None)
+
+    def of(kind, value=None):
+        kind = kind if lanes is None else ir.VectorType(kind, lanes)
+        return kind if value is None else ir.Constant(kind, value if lanes is None else [value] * lanes)
+
+    features = getattr(context.codegen(), "_tm_features", "+f16c")
+    if platform.machine().lower() not in ("x86_64", "amd64") or "+f16c" in features:
+        return builder.fpext(builder.bitcast(h, of(ir.HalfType())), of(_F32))
+    word = builder.zext(h, of(_I32))
+    size = builder.shl(builder.and_(word, of(_I32, 0x7FFF)), of(_I32, 13))
+    finite = builder.bitcast(builder.fmul(builder.bitcast(size, of(_F32)), of(_F32, 2.0**112)), of(_I32))
+    special = builder.icmp_unsigned(">=", size, of(_I32, 0x7C00 << 13))
+    size = builder.select(special, builder.or_(size, of(_I32, 0x7F800000)), finite)
+    sign = builder.shl(builder.and_(word, of(_I32, 0x8000)), of(_I32, 16))
+    return builder.bitcast(builder.or_(size, sign), of(_F32))
 
 
 # -- exponentials ------------------------------------------------------------------------------------------------
@@ -188,10 +206,10 @@ def split_64(x, m):
 
 @scalar
 def exp_64(x):
-    """exp(x) for x <= 709, 0 below -708, 1 ulp; anything for NaN."""
-    v = select(x > -709.0, x, -709.0)
-    p, t = split_64(select(v < 709.0, v, 709.0), MAGIC_64 + BIAS_64)
-    return select(x > -708.0, p * low_bits_exponent(t), 0.0)
+    """exp(x) for x <= 660, subnormal results included, 1 ulp; anything for NaN."""
+    v = select(x > -753.4, x, -753.4)  # whose exponent field is 0
+    p, t = split_64(select(v < 660.0, v, 660.0), MAGIC_64 + (BIAS_64 + 64.0))
+    return p * low_bits_exponent(t) * 2.0**-64
 
 
 # -- logarithms --------------------------------------------------------------------------------------------------

@@ -225,7 +225,7 @@ def _chunk_sum(like, address, stride, size, skip, lanes, spare):
             if key >= ordered_bits(np.inf):
                 return np.nan, np.inf
             if key <= ordered_bits(-np.inf):
-                return 0.0, -np.inf
+                return empty_sum(like, address, stride, size, skip)
             largest = key_value(like, key)
             return chunk_terms_shifted(like, address, stride, size, skip, largest, lanes, spare), largest
 
@@ -239,7 +239,7 @@ def _chunk_sum(like, address, stride, size, skip, lanes, spare):
                 return s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E
         largest = key_value(lanes, chunk_max(like, address, stride, size, skip, spare))
         if largest == -np.inf:
-            return 0.0, -np.inf
+            return empty_sum(like, address, stride, size, skip)
         if not largest < np.inf:
             return np.nan, np.inf
         ref = exponent_32(largest)
@@ -263,6 +263,16 @@ def _key_value(dtype, key):
 
 
 # -- one row -----------------------------------------------------------------------------------------------------
+
+
+@njit
+def empty_sum(like, address, stride, size, skip):
+    """What chunk_sum gives for a chunk of -inf; a negative NaN, which is no maximum, may hide in it."""
+    for i in range(size):
+        x = widen(span(like, address + i * stride, 1)[0])
+        if x != x and i != skip:
+            return np.nan, np.inf
+    return 0.0, -np.inf
 
 
 @njit

@@ -6,7 +6,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
-from .._scalar import from_bfloat16, from_float16
+from .._scalar import from_bfloat16, from_float16, widen_half
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
 
@@ -53,7 +53,7 @@ def transpose_16(typingctx, like, source, source_stride, ahead, target, target_s
     Rows at `ahead`, which may not exist, are asked for meanwhile.
     Four stages that interleave vector i with vector i + 8 transpose; LLVM turns them into the machine's own shuffles.
     """
-    kinds = {types.float32: ir.FloatType(), types.int16: ir.HalfType(), types.uint16: ir.IntType(16)}
+    kinds = {types.float32: ir.FloatType(), types.int16: ir.IntType(16), types.uint16: ir.IntType(16)}
     if like.dtype not in kinds:
         return None
 
@@ -79,7 +79,7 @@ def transpose_16(typingctx, like, source, source_stride, ahead, target, target_s
             builder.call(prefetch, [builder.inttoptr(later, byte), *flags])
             x = builder.load(row(source, source_stride, i, kind), align=item)
             if like.dtype == types.int16:
-                x = builder.fpext(x, wide)
+                x = widen_half(context, builder, x)
             elif like.dtype == types.uint16:
                 x = builder.bitcast(builder.shl(builder.zext(x, words), ir.Constant(words, [16] * 16)), wide)
             rows.append(x)

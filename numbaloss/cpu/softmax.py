@@ -20,7 +20,6 @@ from .._scalar import (
     exponent_32,
     f32,
     fma,
-    log_plus,
     low_bits_exponent,
     merge,
     others_to_target,
@@ -216,14 +215,22 @@ score = Kernel(_score)
 
 
 @njit
+def leave_largest_out(like, rows, address, lanes, spare):
+    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the other classes; NaN for an undefined row."""
+    largest, where = row_max(like, rows, address, spare)
+    s, c = row_sum(like, rows, address, where, lanes, spare)
+    x = np.float64(largest)
+    u = others_to_target(s, c, x)
+    return largest, u, target_loss(u, s, c, x)
+
+
+@njit
 def plain_lse(like, rows, address, lanes, spare):
     """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
-    s, c = row_sum(like, rows, address, -1, lanes, spare)
-    if s == 0.0:
-        return -np.inf
-    if s != s:
-        return np.nan if first_nan(like, rows, address) >= 0 else np.inf
-    return log_plus(s, 0.0) + c
+    largest, _, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
+    if log1p_u == log1p_u:
+        return np.float64(largest) + log1p_u
+    return np.nan if first_nan(like, rows, address) >= 0 else np.float64(largest)
 
 
 def _logsumexp(blocks, like, rows, lse):
@@ -236,16 +243,6 @@ def _logsumexp(blocks, like, rows, lse):
 
 
 logsumexp = Kernel(_logsumexp)
-
-
-@njit
-def leave_largest_out(like, rows, address, lanes, spare):
-    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the other classes; NaN for an undefined row."""
-    largest, where = row_max(like, rows, address, spare)
-    s, c = row_sum(like, rows, address, where, lanes, spare)
-    x = np.float64(largest)
-    u = others_to_target(s, c, x)
-    return largest, u, target_loss(u, s, c, x)
 
 
 def _normalize(blocks, like, rows, logarithm, out):
