@@ -88,9 +88,8 @@ def dense_losses(logits, labels, axis=-1, magnitude=False):
             loss[i] = NAN
         else:
             with np.errstate(invalid="ignore"):
-                terms = z[i] * row_lse_minus_all(x[i])
-            terms[z[i] == 0] = 0
-            loss[i] = np.abs(terms).sum() if magnitude else terms.sum()
+                terms = np.where(z[i] == 0, 0, z[i] * row_lse_minus_all(x[i]))
+                loss[i] = np.abs(terms).sum() if magnitude else terms.sum()
     return loss.reshape(shape)
 
 

@@ -110,6 +110,23 @@ def test_exact_huge(size, dtype):
         assert_losses(none(rows, labels), rows, exact, f"{sign} * {size}")
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32, np.float64])
+@pytest.mark.parametrize("classes", [40, 300, 1100, 9000])
+def test_late_large_logit(classes, dtype):
+    """A reference exponent taken from the first classes would overflow at the last, or lose the others under it."""
+    rows, labels = [], []
+    for jump in (10, 60, 68, 69, 70, 86, 87, 88, 89, 90, 130, 170, 178, 200, 350, 700, 1500):
+        for start in (-600, 0, 600):
+            row = np.full(classes, start, dtype)
+            row[-1] = start + jump
+            rows += [row, row[::-1]]
+            labels += [classes // 2, classes // 2]
+            rows += [np.where(np.arange(classes) % 1000 == 999, row[-1], row).astype(dtype), row]
+            labels += [1, classes - 1]
+    rows, labels = np.array(rows), np.array(labels)
+    assert_losses(none(rows, labels), rows, reference.sparse_losses(rows, labels))
+
+
 @pytest.mark.parametrize("classes", [128256, 151936, 262144])
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
 def test_large_vocabularies(classes, dtype):

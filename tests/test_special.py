@@ -72,6 +72,8 @@ def test_rows_without_a_softmax(classes, dtype):
         bad[-1][spot] = value
         bad.append(np.full(classes, -INF, dtype))
         bad[-1][spot] = value
+        bad.append(bad[-1].copy())
+        bad[-1][spots[0] if spot else spots[-1]] = value if classes == 1 else 5  # one number beside it
     for label in spots:
         rows = np.array([good[0], *bad, good[1]])
         labels = np.full(len(rows), label)

@@ -80,7 +80,10 @@ def test_a_sum_rounds_once():
             assert nl.Evaluation().update(np.zeros((3, 2)), np.zeros(3, int), order).result().weight == expected
             assert total(np.array(order), None) == expected
             assert total(-np.array(order), None) == -expected
-    assert total(np.array([1.0, 2.0**-53, -(2.0**-1074)]), None) == 1
+    for e in range(54, 1075):
+        assert total(np.array([1.0, 2.0**-53, 2.0**-e]), None) == 1 + 2.0**-52
+        assert total(np.array([1.0, 2.0**-53, -(2.0**-e)]), None) == 1
+        assert total(np.array([1.0, 3 * 2.0**-53, -(2.0**-e)]), None) == 1 + 2.0**-52
     assert total(np.array([2.0**-1074] * 3), None) == 3 * 2.0**-1074
     assert total(np.array([1e308, 1e308, -1e308]), None) == 1e308
     assert total(np.array([1e308, 1e308]), None) == np.inf
