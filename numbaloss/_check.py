@@ -35,7 +35,7 @@ def array(x, name):
 
 
 def carrier(dtype):
-    """The empty array by which the kernels know this dtype, in whatever byte order; None for a dtype they do not know."""
+    """The empty array by which the kernels know this dtype, in whatever byte order; None if they do not know it."""
     if dtype not in _BY_DTYPE:
         _BY_DTYPE[dtype] = _KINDS.get(dtype.name)
     return _BY_DTYPE[dtype]

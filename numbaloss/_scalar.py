@@ -127,7 +127,7 @@ def from_float16(typingctx, h):
 
 
 def widen_half(context, builder, h):
-    """LLVM code for float16 bits to float32, scalars and vectors; by integers on an x86 without the F16C instructions."""
+    """LLVM code for float16 bits to float32, scalars and vectors; by integers on an x86 without F16C instructions."""
     lanes = getattr(h.type, "count", None)
 
     def of(kind, value=None):

@@ -1,4 +1,4 @@
-"""Sigmoid family, no reduction, against `a + b` into a third array and against torch: python perf/sigmoid.py [--write]"""
+"""Sigmoid family, no reduction, against `a + b` into a third array and torch: python perf/sigmoid.py [--write]"""
 
 import sys
 

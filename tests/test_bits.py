@@ -5,7 +5,18 @@ import contextlib
 import numba
 import numpy as np
 import pytest
-from common import BFLOAT16, CLASSES, DTYPES, LAYOUTS, assert_same_bits, layouts_for, make_labels, make_logits, none
+from common import (
+    BFLOAT16,
+    CLASSES,
+    DTYPES,
+    LAYOUTS,
+    assert_same_bits,
+    flat_results,
+    layouts_for,
+    make_labels,
+    make_logits,
+    none,
+)
 
 import numbaloss as nl
 
@@ -159,6 +170,38 @@ def test_higher_ranks(dtype):
         for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (got, again)), strict=True):
             axes = (3, 2, 0, 4, 1, 5)[: b.ndim]
             assert_same_bits(a, b.transpose(axes), f"{name}, five row axes")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_copied_in_pieces(name):
+    """What cannot be read where it lies is copied a few MiB at a time: more than one such piece."""
+    x, y = problem(2200, 600)
+    expected = FUNCTIONS[name](x, y)
+    assert x.nbytes > 5 * 2**20
+    assert_same_bits(FUNCTIONS[name](LAYOUTS["big-endian"](x), y), expected, name)
+    deep = np.ascontiguousarray(x.reshape(10, 4, 55, 600).transpose(2, 1, 0, 3)).transpose(2, 1, 0, 3)
+    for a, b in zip(flat_results(FUNCTIONS[name](deep, y.reshape(10, 4, 55))), flat_results(expected), strict=True):
+        assert_same_bits(a.reshape(b.shape), b, f"{name}, three row axes")
+
+
+def test_copied_in_pieces_with_weights():
+    x, y = problem(2200, 600)
+    weights, by_class = np.arange(2200) % 5 / 4, np.arange(600) % 7 / 4
+    y[::9], x[4::5] = -100, np.nan
+    weights[4::5] = 0
+    other = LAYOUTS["big-endian"](x)
+    for options in ({"weights": weights}, {"weights": weights, "class_weights": by_class}):
+        for reduction in ("none", "mean"):
+            expected = nl.cross_entropy(x, y, **options, reduction=reduction)
+            assert_same_bits(nl.cross_entropy(other, y, **options, reduction=reduction), expected)
+            soft = np.zeros(x.shape) + by_class
+            soft[4::5] = 0
+            expected = nl.cross_entropy(x, soft.astype(np.float32), **options, reduction=reduction)
+            assert_same_bits(nl.cross_entropy(other, soft.astype(">f4"), **options, reduction=reduction), expected)
+    cube, steps, w = x.reshape(44, 50, 600), np.maximum(y, 0).reshape(44, 50), weights.reshape(44, 50)
+    expected = nl.sequence_loss(cube, steps, w, average_across_batch=False)
+    assert_same_bits(nl.sequence_loss(other.reshape(44, 50, 600), steps, w, average_across_batch=False), expected)
+    assert repr(nl.Evaluation().update(x, y, weights)) == repr(nl.Evaluation().update(other, y, weights))
 
 
 def test_axis_first():

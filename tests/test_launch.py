@@ -1,4 +1,4 @@
-"""How kernels are found, compiled and started: backends, threads, forks and caches (PITFALLS 19, 20, 21 as far as a CPU)."""
+"""How kernels are found, compiled and started: backends, threads, forks and caches."""
 
 import os
 import shutil
@@ -109,7 +109,7 @@ def test_one_thread_gives_the_same_bits():
 
 
 def test_cold_cache_started_by_several_processes(tmp_path):
-    """PITFALLS 20: processes that start on one empty cache must not meet in it."""
+    """Processes that start on one empty cache must not meet in it."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_NUM_THREADS": "1"}
     code = textwrap.dedent(LOSS_OF_EXAMPLE)
     runs = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(4)]
@@ -130,7 +130,7 @@ def test_unwritable_cache(tmp_path):
         print(float(nl.cross_entropy(np.zeros((1, 4), np.float32), [0])), _launch.cache_folder())
     """
     nowhere = str(tmp_path / "numbaloss" / "__init__.py" / "x")
-    environment = {name: nowhere for name in ("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME")}
+    environment = dict.fromkeys(("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME"), nowhere)
     assert python(code, tmp_path, PYTHONPATH=str(tmp_path), **environment) == "1.3862943649291992 None"
 
 

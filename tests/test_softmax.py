@@ -192,6 +192,36 @@ def test_lists_of_logits_are_refused():
         none([[1.0, 2.0]], [0])
 
 
+class Exporter:
+    """An array that speaks DLPack and nothing else."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_dlpack(dtype):
+    x, y = make_logits(4, 6, dtype), make_labels(4, 6)
+    assert_same_bits(none(Exporter(x), Exporter(y)), none(x, y))
+    assert_same_bits(nl.softmax(Exporter(x.T), axis=0), nl.softmax(x.T, axis=0))
+    with pytest.raises(TypeError, match="logits"):
+        none(Exporter(y), y)
+
+
+def test_one_weight_for_all():
+    x, y = make_logits(40, 6), make_labels(40, 6)
+    for reduction in ("none", "sum", "mean"):
+        every = nl.cross_entropy(x, y, weights=np.full(40, 0.3), reduction=reduction)
+        assert_same_bits(nl.cross_entropy(x, y, weights=0.3, reduction=reduction), every)
+    assert nl.cross_entropy(x, y, weights=0, reduction="sum") == 0
+
+
 def test_dtypes_and_scalars():
     for dtype in DTYPES.values():
         kind = result_dtype(dtype).type

@@ -13,7 +13,7 @@ TILE = 1024
 
 
 def _binary_xent(blocks, like, rows, like_labels, label_rows, like_weight, weight_rows, loss):
-    """loss[r, j] = sigmoid cross entropy of logit j of row r; weighted if `weight_rows`, the pos_weight, is not None."""
+    """loss[r, j] = sigmoid cross entropy of logit j of row r, weighted unless `weight_rows` (pos_weight) is None."""
     stride, columns = rows[4], rows[5]
     tiles = (columns + TILE - 1) // TILE
     n = loss.shape[0] * tiles

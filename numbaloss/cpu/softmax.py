@@ -30,7 +30,7 @@ from .._scalar import (
     target_loss,
     target_lse,
 )
-from ._chunks import LOW_64, chunk_sum, fold_lanes, first_nan, row_address, row_max, row_moments, row_rank, row_sum
+from ._chunks import LOW_64, chunk_sum, first_nan, fold_lanes, row_address, row_max, row_moments, row_rank, row_sum
 from ._columns import BAD, NOT_COUNTED, STEP, group_of, load_columns, sum_columns, take_targets
 from ._launch import Kernel
 from ._memory import compute_dtype, gather, scratch, span, widen
@@ -160,7 +160,7 @@ narrow_sparse_xent = Kernel(_narrow_sparse_xent)
 
 
 def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
-    """What one pass over a row tells of its target; `rank` and `entropy` are arrays, or None. Returns as sparse_xent."""
+    """What a row tells of its target; `rank` and `entropy` are arrays, or None. Returns as sparse_xent does."""
     stride, classes = rows[4], rows[5]
     n = logprob.size
     bad = np.zeros(blocks, np.int64)
@@ -216,7 +216,7 @@ score = Kernel(_score)
 
 @njit
 def leave_largest_out(like, rows, address, lanes, spare):
-    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the other classes; NaN for an undefined row."""
+    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the others; log NaN for an undefined row."""
     largest, where = row_max(like, rows, address, spare)
     s, c = row_sum(like, rows, address, where, lanes, spare)
     x = np.float64(largest)
@@ -418,7 +418,7 @@ def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weig
             loss[r] = 0
             if not weight_is_zero(r, weights):
                 address, label_address = row_address(rows, r), row_address(label_rows, r)
-                largest, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
+                largest, _, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
                 distance, mass = 0.0, 0.0
                 for chunk in range(0, classes, CHUNK):
                     end = min(chunk + CHUNK, classes)

@@ -1,7 +1,7 @@
 """Exact sums of float64 numbers on the CPU: a superaccumulator of int64 words, 32 bits apart (Neal 2015).
 
-The sum is sum_i words[i] * 2^(32 i - 1074), so words of different accumulators add; the last three words count NaN, +inf
-and -inf. Every number adds less than 2^32 to a word, so that 2^31 of them fit before carries have to move.
+The sum is sum_i words[i] * 2^(32 i - 1074), so words of different accumulators add; the last three words count NaN,
++inf and -inf. Every number adds less than 2^32 to a word, so that 2^31 of them fit before carries have to move.
 """
 
 import numpy as np
