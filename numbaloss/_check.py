@@ -24,8 +24,12 @@ _INT64_MAX = np.iinfo(np.int64).max
 
 def array(x, name):
     """x as an array: NumPy and CuPy arrays as they are, others by DLPack."""
-    if isinstance(x, np.ndarray) or is_cupy(x):
+    if type(x) is np.ndarray or is_cupy(x):
         return x
+    if isinstance(x, np.ndarray):
+        if hasattr(x, "mask"):
+            raise TypeError(f"{name}: expected an array without a mask, got {type(x).__name__}; use weights of 0")
+        return x.view(np.ndarray)
     if hasattr(x, "__dlpack__"):
         try:
             return np.from_dlpack(x)
@@ -52,8 +56,11 @@ def logits(x, name="logits"):
 
 def number_array(x, name):
     """x, which may be a number or nested lists, as an array of real numbers."""
-    if not (isinstance(x, np.ndarray) or is_cupy(x)):
-        x = array(x, name) if hasattr(x, "__dlpack__") else np.asarray(x)
+    if hasattr(x, "__dlpack__") or is_cupy(x):
+        x = array(x, name)
+    else:
+        x = np.asarray(x)
+        x = x.astype(np.int64) if x.size == 0 else x  # an empty list has no dtype
     if x.dtype.kind not in "biuf" and carrier(x.dtype) is None:
         raise TypeError(f"{name}: expected real numbers, got dtype {x.dtype}")
     return x
@@ -90,7 +97,7 @@ def same_shape(x, name, shape, other):
 
 def labels(x, shape, name="labels", logits_shape=None):
     """Integer labels as int64, one after the other in memory, and as they were given (for messages)."""
-    given = x if isinstance(x, np.ndarray) or is_cupy(x) else number_array(x, name)
+    given = number_array(x, name)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {given.dtype}")
     if given.shape != tuple(shape):
@@ -139,11 +146,14 @@ def raise_bad_label(given, classes, counted, name="labels"):
 
 
 def integer(x, name):
-    """x as a Python integer."""
+    """x as a Python integer of 64 bits."""
     try:
-        return int(x.__index__())
-    except AttributeError:
+        value = int(x.__index__())
+    except (AttributeError, TypeError):
         raise TypeError(f"{name}: expected an integer, got {type(x).__name__}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
+    return value
 
 
 def pieces(*arrays):

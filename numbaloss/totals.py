@@ -141,11 +141,15 @@ class Evaluation:
                 raise ValueError(f"version {state['numbaloss.Evaluation']}")
             evaluation = cls(ignore_index=state["ignore_index"])
             evaluation._tokens = _check.integer(state["tokens"], "tokens")
+            if evaluation._tokens < 0:
+                raise ValueError(f"{evaluation._tokens} tokens")
             if state["sums"]:
                 evaluation._words = np.zeros((len(_SUMS), kernels("totals").WORDS), np.int64)
                 for name, row in zip(_SUMS, evaluation._words):
                     for i, word in state["sums"][name].items():
-                        row[int(i)] = word
+                        if not 0 <= int(i) < len(row):
+                            raise ValueError(f"word {i}")
+                        row[int(i)] = _check.integer(word, "word")
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
             raise ValueError(f"text: expected what Evaluation.to_json gives, got something else ({error})") from None
         return evaluation

@@ -217,6 +217,21 @@ def test_class_weights_of_an_ignored_label_are_not_read():
         assert_same_bits(got[::2], expected)
 
 
+def test_ignore_index():
+    """Any integer of 64 bits; each hides its label only."""
+    logits = make_logits(3, 5)
+    losses = none(logits, [0, 1, 2])
+    for ignored in (1, np.int8(1), 255, -(2**63), 2**63 - 1, np.uint64(7)):
+        expected = np.where(np.arange(3) == ignored, 0, losses)
+        assert_same_bits(none(logits, [0, 1, 2], ignore_index=ignored), expected)
+    for bad in (2**63, 2**64 - 1, -(2**63) - 1, 2**70):
+        with pytest.raises(ValueError, match="ignore_index"):
+            none(logits, [0, 1, 2], ignore_index=bad)
+    for bad in (1.0, None, "1", [1]):
+        with pytest.raises(TypeError, match="ignore_index"):
+            none(logits, [0, 1, 2], ignore_index=bad)
+
+
 # -- rows that do not count, empty shapes ----------------------------------------------------------------------------
 
 
@@ -271,6 +286,9 @@ def test_no_rows_and_one_class(dtype):
         assert nl.log_softmax(logits).shape == shape
         assert nl.logsumexp(logits, keepdims=True).shape == (*shape[:-1], 1)
         assert nl.score_tokens(logits, labels).argmax.shape == shape[:-1]
+    nothing = np.zeros((0, 3), dtype)
+    assert nl.sparse_softmax_cross_entropy_with_logits([], nothing).shape == (0,)  # an empty list has no dtype
+    assert np.isnan(nl.cross_entropy(nothing, [], weights=[]))
     one = make_logits(3, 1, dtype, scale=1000)
     assert np.all(positive_zero(none(one, [0, 0, 0])))
     assert np.all(nl.softmax(one) == 1)

@@ -331,6 +331,26 @@ def test_json_that_is_no_state(text):
         nl.Evaluation.from_json(text)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(tokens=-1),
+        lambda state: state.update(tokens="3"),
+        lambda state: state.update({"numbaloss.Evaluation": 2}),
+        lambda state: state["sums"].pop("weight"),
+        lambda state: state["sums"]["loss"].update({"-1": 5}),
+        lambda state: state["sums"]["loss"].update({"10000": 5}),
+        lambda state: state["sums"]["loss"].update({"3": 1.5}),
+        lambda state: state["sums"]["loss"].update({"3": 2**64}),
+    ],
+)
+def test_json_that_was_changed(change):
+    state = json.loads(nl.Evaluation().update(make_logits(3, 4), [0, 1, 2]).to_json())
+    change(state)
+    with pytest.raises(ValueError):
+        nl.Evaluation.from_json(json.dumps(state))
+
+
 def test_result_dtype_of_totals():
     for dtype in DTYPES.values():
         assert nl.cross_entropy(make_logits(3, 4, dtype), [0, 1, 2]).dtype == result_dtype(dtype)
