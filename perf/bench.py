@@ -1,7 +1,7 @@
 """What every benchmark needs: timing in turns, ratios of medians, and where the numbers came from.
 
-All figures of one table come from one run, every contender timed in turn (A B C A B C ...), so that a machine whose
-speed drifts changes them alike. `read`, `copy` and `add` are the roofs: plain loops over the same bytes.
+All figures of one table come from one run, every contender timed in turn (A A B B C C A A ..., the first of two calls
+not counted), so that a machine whose speed drifts changes them alike. `read`, `copy` and `add` are the roofs: plain loops over the same bytes.
 """
 
 import json
@@ -69,6 +69,7 @@ def medians(contenders, seconds=1.5, at_least=5):
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds * len(contenders) or len(next(iter(times.values()))) < at_least:
         for name, call in contenders.items():
+            call()  # not timed: threads of the contender before may still spin, and our own sleep
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

@@ -261,6 +261,16 @@ def test_reductions(reduction):
             assert_same_bits(run(x, y, weights), expected, f"{n} threads")
 
 
+def test_evaluation():
+    """[16] Threads; test_totals.py has order, splits and merges."""
+    x, y = problem(40_000, 5)
+    weights = np.random.default_rng(0).uniform(0, 2, 40_000)
+    expected = nl.Evaluation().update(x, y, weights).to_json()
+    for n in range(2, MOST + 1):
+        with threads(n):
+            assert nl.Evaluation().update(x, y, weights).to_json() == expected
+
+
 def test_sequence_loss():
     """[16] Batch of one or all, order of the batch, layout, threads, and cross_entropy's bits."""
     x, y = problem(480, 70)
