@@ -1,7 +1,8 @@
 """What every benchmark needs: timing in turns, ratios of medians, and where the numbers came from.
 
 All figures of one table come from one run, every contender timed in turn (A A B B C C A A ..., the first of two calls
-not counted), so that a machine whose speed drifts changes them alike. `read`, `copy` and `add` are the roofs: plain loops over the same bytes.
+not counted), so that a machine whose speed drifts changes them alike.
+`read`, `copy` and `add` are the roofs: plain loops over the same bytes.
 """
 
 import json
