@@ -18,7 +18,7 @@ from .._scalar import (
     select,
 )
 from ._chunks import LOW_64, row_address, term
-from ._memory import span, transpose_16, widen
+from ._memory import prefetch, span, transpose_16, widen
 
 STEP = 2  # classes at a time
 FEW = 8  # classes up to which a comparison with each finds the target faster than an index
@@ -28,7 +28,7 @@ NOT_COUNTED, BAD = -1, -2
 @njit
 def group_of(classes):
     """The number of rows side by side: what the first-level cache holds, a multiple of 16."""
-    return min(256, max(32, 12800 // classes // 16 * 16))
+    return min(256, max(32, 8192 // classes // 16 * 16))
 
 
 @njit
@@ -77,9 +77,7 @@ def _transpose_blocks(like, address, stride, blocks, classes, group, columns):
         for i in range(0, blocks * 16, 16):
             for j in range(0, classes, 16):
                 source = address + i * stride + j * like.itemsize
-                transpose_16(
-                    like, source, stride, source + group * stride, target + (j * group + i) * item, group * item
-                )
+                transpose_16(like, source, stride, target + (j * group + i) * item, group * item)
 
     return by_sixteen
 
@@ -112,9 +110,10 @@ def take_targets(classes, targets, columns, x):
 
 
 @njit
-def sum_columns(classes, columns, frames, s, c):
+def sum_columns(classes, columns, frames, s, c, ahead, item):
     """(s[i], c[i]) as row_sum gives them, for a group of rows; overwrites the columns. `frames` is room for (4, group).
 
+    Meanwhile the next group is asked for: its logits lie at `ahead`, of `item` bytes each, if they are contiguous.
     One lane a class: the terms of class j of all rows at once, then the butterfly over the classes.
     """
     group, zero = np.uint64(s.size), columns.dtype.type(0)
@@ -130,6 +129,8 @@ def sum_columns(classes, columns, frames, s, c):
     for i in range(group):
         m[i], low[i], shift[i], c[i] = frame(high[i])
     for j in range(np.uint64(0), np.uint64(padded), np.uint64(STEP)):
+        for k in range(0, STEP * s.size * item, 64):
+            prefetch(ahead + np.int64(j) * s.size * item + k)
         base = j * group
         for i in range(group):
             at = base + i

@@ -47,10 +47,9 @@ def _widen(x):
 
 
 @intrinsic
-def transpose_16(typingctx, like, source, source_stride, ahead, target, target_stride):
+def transpose_16(typingctx, like, source, source_stride, target, target_stride):
     """16 rows of 16 neighbouring logits at `source` become 16 rows of float32 at `target`; strides in bytes.
 
-    Rows at `ahead`, which may not exist, are asked for meanwhile.
     Four stages that interleave vector i with vector i + 8 transpose; LLVM turns them into the machine's own shuffles.
     """
     kinds = {types.float32: ir.FloatType(), types.int16: ir.IntType(16), types.uint16: ir.IntType(16)}
@@ -58,7 +57,7 @@ def transpose_16(typingctx, like, source, source_stride, ahead, target, target_s
         return None
 
     def codegen(context, builder, sig, args):
-        _, source, source_stride, ahead, target, target_stride = args
+        _, source, source_stride, target, target_stride = args
         kind, item = kinds[like.dtype], 4 if like.dtype == types.float32 else 2
         wide = ir.VectorType(ir.FloatType(), 16)
         words = ir.VectorType(ir.IntType(32), 16)
@@ -67,16 +66,8 @@ def transpose_16(typingctx, like, source, source_stride, ahead, target, target_s
             address = builder.add(base, builder.mul(stride, ir.Constant(stride.type, i)))
             return builder.inttoptr(address, ir.VectorType(element, 16).as_pointer())
 
-        byte = ir.IntType(8).as_pointer()
-        prefetch = builder.module.declare_intrinsic(
-            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte] + [ir.IntType(32)] * 3)
-        )
-        flags = [ir.Constant(ir.IntType(32), k) for k in (0, 3, 1)]  # read, keep, data
-
         rows = []
         for i in range(16):
-            later = builder.add(ahead, builder.mul(source_stride, ir.Constant(source_stride.type, i)))
-            builder.call(prefetch, [builder.inttoptr(later, byte), *flags])
             x = builder.load(row(source, source_stride, i, kind), align=item)
             if like.dtype == types.int16:
                 x = widen_half(context, builder, x)
@@ -92,7 +83,7 @@ def transpose_16(typingctx, like, source, source_stride, ahead, target, target_s
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(like, i64, i64, i64, i64, i64), codegen
+    return types.void(like, i64, i64, i64, i64), codegen
 
 
 def compute_dtype(like):
@@ -127,3 +118,18 @@ def gather(like, address, stride, size, spare):
             copy[i] = span(like, address + np.int64(i) * stride, 1)[0]
         return copy
     return span(like, address, size)
+
+
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at `address`, which may not exist."""
+    byte = ir.IntType(8).as_pointer()
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(ir.VoidType(), [byte] + [ir.IntType(32)] * 3)
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        flags = [ir.Constant(ir.IntType(32), k) for k in (0, 3, 1)]  # read, keep, data
+        builder.call(function, [builder.inttoptr(args[0], byte), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen

@@ -150,7 +150,7 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
                 )
                 wrong += targets[i] == BAD
             take_targets(classes, targets, columns, x)
-            sum_columns(classes, columns, frames, s, c)
+            sum_columns(classes, columns, frames, s, c, row_address(rows, first + group), like.itemsize)
             finish(s, c, x, u, loss[first : first + size])
         bad[block] = wrong
     return bad.sum()
@@ -284,7 +284,7 @@ def _narrow_normalize(blocks, like, rows, logarithm, out):
             terms[:] = columns
             largest_columns(classes, columns, largest, targets)
             take_targets(classes, targets, terms, x)
-            sum_columns(classes, terms, frames, s, c)
+            sum_columns(classes, terms, frames, s, c, row_address(rows, first + group), like.itemsize)
             finish(s, c, x, u, loss)
             fill_frames(largest, u, loss, frames)
             for j in range(classes):
