@@ -10,7 +10,7 @@ import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, configuration, settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -31,7 +31,10 @@ def cache_folder():
 os.environ["NUMBA_CACHE_DIR"] = cache_folder()
 os.environ.setdefault("NUMBA_NUM_THREADS", str(max(4, os.cpu_count() or 1)))  # several splits even on one core
 
-settings.register_profile("numbaloss", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+configuration.set_hypothesis_home_dir(os.path.join(os.environ["NUMBA_CACHE_DIR"], "hypothesis"))  # not the checkout
+settings.register_profile(
+    "numbaloss", deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 settings.load_profile("numbaloss")
 np.set_printoptions(threshold=50)
 
@@ -45,10 +48,6 @@ def one_thread():
     numba.set_num_threads(1)
     yield
     numba.set_num_threads(before)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "mutants: edits the sources and expects tests to fail (slow; -m mutants)")
 
 
 def pytest_collection_modifyitems(config, items):
