@@ -308,15 +308,15 @@ def merge_moments(s, c, b, s2, c2, b2):
 @scalar
 def exp_neg_32(a):
     """exp(-a) for a >= 0, subnormal results included; NaN for NaN."""
-    v = f32(-105) if a > f32(105) else -a
+    v = -a
+    v = f32(-105) if v < f32(-105) else v
     p, t = split_32(v, MAGIC + (BIAS + f32(24)))
     return p * low_bits_exponent(t) * f32(2**-24)
 
 
 @scalar
-def log1p_exp_neg_32(a):
-    """log(1 + exp(-a)) for a >= 0: 2 ulp."""
-    e = exp_neg_32(a)
+def log1p_32(e):
+    """log(1 + e) for 0 <= e <= 1: 2 ulp."""
     h = e - HALF
     p = fma(f32(0.00512227788567543), h, f32(-0.008495018817484379))
     p = fma(p, h, f32(0.011652885004878044))
@@ -330,10 +330,9 @@ def log1p_exp_neg_32(a):
 
 
 @scalar
-def log1p_exp_neg_64(a):
-    """log(1 + exp(-a)) for a >= 0 in float64: 2 ulp."""
-    u = exp_64(-a)
-    return log1p_64(u) if a == a else a
+def exp_neg_64(a):
+    """exp(-a) for a >= 0; NaN for NaN."""
+    return select(a == a, exp_64(-a), a)
 
 
 @scalar
