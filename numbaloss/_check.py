@@ -1,6 +1,6 @@
 """The only file that raises for user input. What it returns is canonical: the kernels trust it.
 
-Logits become pieces, each a `like` (an empty array that carries the dtype), a `rows` tuple (see cpu/_chunks.py) and the
+Logits become pieces, each a `like` (a zero of the dtype), a `rows` tuple (see cpu/_chunks.py) and the
 range of rows that it holds. An array that the kernels can read where it lies is one piece and is never copied; any
 other (foreign byte order, unaligned, more than two independent row strides) is copied piece by piece.
 """
@@ -11,11 +11,11 @@ from ._backend import is_cupy
 
 PIECE = 1 << 22  # bytes of logits copied at a time, where the array cannot be read in place
 
-_KINDS = {  # dtype name -> an empty array of the dtype that the kernels know it by
-    "float16": np.empty(0, np.int16),
-    "bfloat16": np.empty(0, np.uint16),
-    "float32": np.empty(0, np.float32),
-    "float64": np.empty(0, np.float64),
+_KINDS = {  # dtype name -> a zero of the dtype that the kernels know it by
+    "float16": np.int16(0),
+    "bfloat16": np.uint16(0),
+    "float32": np.float32(0),
+    "float64": np.float64(0),
 }
 NO_LABEL = -(2**63)  # the ignore_index that ignores nothing
 _BY_DTYPE = {}
@@ -39,7 +39,7 @@ def array(x, name):
 
 
 def carrier(dtype):
-    """The empty array by which the kernels know this dtype, in whatever byte order; None if they do not know it."""
+    """The zero by which the kernels know this dtype, in whatever byte order; None if they do not know it."""
     if dtype not in _BY_DTYPE:
         _BY_DTYPE[dtype] = _KINDS.get(dtype.name)
     return _BY_DTYPE[dtype]

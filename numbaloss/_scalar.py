@@ -9,7 +9,10 @@ import platform
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+from ._vector import WIDTH, Vector, lift, spread, vector_of
 
 CHUNK = 8192  # classes summed before the sum goes to float64
 LANES = 1024  # class j of a chunk belongs to lane j mod LANES
@@ -44,17 +47,42 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 @intrinsic
 def fma(typingctx, a, b, c):
     """a * b + c, rounded once."""
-    if not (a == b == c and a in (types.float32, types.float64)):
+    result = vector_of(a, b, c)
+    if result is None:
         return None
-    return a(a, a, a), lambda context, builder, sig, args: builder.fma(*args)
+
+    def codegen(context, builder, sig, args):
+        args = lift(builder, result, args)
+        kind = args[0].type
+        if not isinstance(result, Vector):
+            return builder.fma(*args)
+        name = f"llvm.fma.v{WIDTH}{kind.element.intrinsic_name}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return builder.call(function, args)
+
+    return result(a, b, c), codegen
 
 
 @intrinsic
 def select(typingctx, condition, a, b):
     """a if condition else b, both computed: a branch would keep a loop out of the vector lanes."""
-    if not (condition == types.boolean and a == b):
+    if condition == types.boolean and a == b:
+        return a(condition, a, a), lambda context, builder, sig, args: builder.select(*args)
+    return None
+
+
+@intrinsic
+def at_least(typingctx, x, low):
+    """low if x < low else x."""
+    result = vector_of(x, low)
+    if result is None:
         return None
-    return a(condition, a, a), lambda context, builder, sig, args: builder.select(*args)
+
+    def codegen(context, builder, sig, args):
+        x, low = lift(builder, result, args)
+        return builder.select(builder.fcmp_ordered("<", x, low), low, x)
+
+    return result(x, low), codegen
 
 
 @intrinsic
@@ -95,13 +123,15 @@ def ordered_bits(typingctx, x):
 @intrinsic
 def low_bits_exponent(typingctx, t):
     """The float whose exponent field is the low bits of t: 2^(k - bias) where t = MAGIC + k; 0 where k = 0."""
-    if t not in (types.float32, types.float64):
+    if vector_of(t) is None:
         return None
 
     def codegen(context, builder, sig, args):
-        integer, shift = (_I32, 23) if t == types.float32 else (_I64, 52)
-        word = builder.bitcast(args[0], integer)
-        return builder.bitcast(builder.shl(word, ir.Constant(integer, shift)), args[0].type)
+        integer, shift = (_I32, 23) if vector_of(t) in (types.float32, Vector(types.float32)) else (_I64, 52)
+        shift = ir.Constant(integer, shift)
+        if isinstance(t, Vector):
+            integer, shift = ir.VectorType(integer, WIDTH), spread(builder, shift)
+        return builder.bitcast(builder.shl(builder.bitcast(args[0], integer), shift), args[0].type)
 
     return t(t), codegen
 
@@ -308,9 +338,7 @@ def merge_moments(s, c, b, s2, c2, b2):
 @scalar
 def exp_neg_32(a):
     """exp(-a) for a >= 0, subnormal results included; NaN for NaN."""
-    v = -a
-    v = f32(-105) if v < f32(-105) else v
-    p, t = split_32(v, MAGIC + (BIAS + f32(24)))
+    p, t = split_32(at_least(-a, f32(-105)), MAGIC + (BIAS + f32(24)))
     return p * low_bits_exponent(t) * f32(2**-24)
 
 
@@ -360,7 +388,7 @@ def term_32(x, low, m, total):
 
     `low` is the x whose t has the exponent field 0: what lies under it adds exactly 0. NaN stays NaN.
     """
-    v = low if x < low else x
+    v = at_least(x, low)
     t = fma(v, LOG2E, m)
     f = fma(v, LOG2E, -(t - m))
     return fma(exp2_sum(f), low_bits_exponent(t), total), t
@@ -369,8 +397,7 @@ def term_32(x, low, m, total):
 @scalar
 def term_64(x, low, m, total):
     """As term_32, with the exact base e."""
-    v = low if x < low else x
-    p, t = split_64(v, m)
+    p, t = split_64(at_least(x, low), m)
     return fma(p, low_bits_exponent(t), total), t
 
 

@@ -1,8 +1,9 @@
 """Sums of exponentials over tiles, chunks and rows of logits, one row at a time.
 
 A row is described by `rows = (address, inner, outer_stride, inner_stride, class_stride, classes)`: row r begins at
-address + (r // inner) * outer_stride + (r % inner) * inner_stride; strides in bytes. `like` is an empty array that
-carries the dtype of the logits, `spare` the address of room for one tile. Definitions are in docs/NUMERICS.md.
+address + (r // inner) * outer_stride + (r % inner) * inner_stride; strides in bytes. `like` is a zero of the dtype of
+the logits; `lanes` and `spare` are addresses of room for one tile, widened and not. Arrays are not passed on: Numba
+would count references, which costs more than a short row. Definitions are in docs/NUMERICS.md.
 """
 
 import numpy as np
@@ -21,9 +22,11 @@ from .._scalar import (
     MAGIC,
     MAGIC_64,
     ZERO,
+    at_least,
     bits_float,
     exp_64,
     exponent_32,
+    f32,
     float_bits,
     fma,
     merge,
@@ -34,9 +37,12 @@ from .._scalar import (
     term_32,
     term_64,
 )
-from ._memory import compute_dtype, gather, span, widen
+from .._vector import WIDTH, Vector, fold, largest, most_bits, most_bits_of, splat
+from ._memory import always_inline, compute_zero, gather, item_size, load, load_part, out_of_line, span, store, widen
 
 HEAD = 64  # classes whose maximum gives a chunk its first reference exponent
+NO_GUESS = f32(np.nan)
+MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the chunks before it
 LOW_64 = -709.0
 
 
@@ -44,28 +50,36 @@ LOW_64 = -709.0
 
 
 @njit
-def add_tile(x, first, lanes, low, m):
-    """Add one class to each lane; the bits of the largest exponent word, which order as it does. `first`: see start.
+def add_tile(like, address, size, first, lanes, low, m, top):
+    """Add one class to each lane; `top` or an exponent word of the tile, whichever has most bits. `first`: see start.
 
-    Slower were: a tile of two or eight classes a lane (its streams through memory are a page apart), four vectors in
-    lockstep, software prefetch, and the maximum in a loop of its own (by 20 %).
+    Slower were: a tile of two or eight classes a lane (its streams through memory are a page apart), software
+    prefetch, and the maximum in a loop of its own (by 20 %).
     """
-    top = np.int32(0)
-    for i in range(np.uint64(x.size)):
-        lanes[i], t = term_32(widen(x[i]), low, m, start(first, lanes, i))
-        top = max(top, float_bits(t))
+    always_inline()
+    whole = size // WIDTH
+    for _ in range(whole):
+        total, t = term_32(load(like, address), low, m, start(first, lanes))
+        store(lanes, total)
+        top = most_bits(t, top)
+        address += WIDTH * item_size(like)
+        lanes += WIDTH * item_size(m)
+    if whole * WIDTH < size:
+        total, t = term_32(load_part(like, address, size - whole * WIDTH), low, m, start(first, lanes))
+        store(lanes, total)
+        top = most_bits(t, top)
     return top
 
 
-def start(first, lanes, i):
-    """What lane i holds already: 0 if `first` is None, for a chunk's first tile."""
+def start(first, lanes):
+    """What the lanes hold already: 0 if `first` is None, for a chunk's first tile."""
 
 
 @overload(start)
-def _start(first, lanes, i):
+def _start(first, lanes):
     if first == types.none:
-        return lambda first, lanes, i: ZERO
-    return lambda first, lanes, i: lanes[i]
+        return lambda first, lanes: ZERO
+    return lambda first, lanes: load(ZERO, lanes)
 
 
 @njit
@@ -85,33 +99,36 @@ def max_tile(x, best):
 
 
 @njit
-def fold_lanes(lanes, size):
-    """The butterfly: lane l takes in lane l + h for h = 512 ... 1. Lanes from `size` on count as 0."""
-    width = np.uint64(16)
-    while width < np.uint64(size):
-        width <<= np.uint64(1)
-    lanes[size : np.int64(width)] = lanes.dtype.type(0)
-    if width == np.uint64(LANES):
-        width = np.uint64(LANES // 8)
-        for i in range(width):  # three levels in one pass
-            a = (lanes[i] + lanes[i + np.uint64(512)]) + (lanes[i + np.uint64(256)] + lanes[i + np.uint64(768)])
-            b = (lanes[i + np.uint64(128)] + lanes[i + np.uint64(640)]) + (
-                lanes[i + np.uint64(384)] + lanes[i + np.uint64(896)]
-            )
-            lanes[i] = a + b
-    while width > np.uint64(16):
-        width >>= np.uint64(1)
-        for i in range(width):
-            lanes[i] += lanes[i + width]
-    return np.float64(fold_16(lanes))
+def fold_lanes(zero, lanes, size):
+    """The butterfly: lane l takes in lane l + h for h = 512 ... 1. Lanes from `size` on count as `zero`."""
+    always_inline()
+    count = (size + WIDTH - 1) // WIDTH
+    for i in range(size, count * WIDTH):
+        span(zero, lanes, LANES)[i] = zero
+    return np.float64(fold(fold_vectors(zero, lanes, count, WIDTH * item_size(zero))))
 
 
 @njit
-def fold_16(v):
-    """The last four levels."""
-    a0, a1, a2, a3 = v[0] + v[8], v[1] + v[9], v[2] + v[10], v[3] + v[11]
-    a4, a5, a6, a7 = v[4] + v[12], v[5] + v[13], v[6] + v[14], v[7] + v[15]
-    return ((a0 + a4) + (a2 + a6)) + ((a1 + a5) + (a3 + a7))
+def fold_vectors(zero, address, count, stride):
+    """The butterfly over `count` > 0 vectors, `stride` bytes apart: vector i takes in i + h for h = ..., 4, 2, 1."""
+    always_inline()
+    if count == LANES // WIDTH:  # the first three levels in registers
+        count = count // 8
+        for i in range(count):
+            at, h = address + i * stride, count * stride
+            a = (load(zero, at) + load(zero, at + 4 * h)) + (load(zero, at + 2 * h) + load(zero, at + 6 * h))
+            b = (load(zero, at + h) + load(zero, at + 5 * h)) + (load(zero, at + 3 * h) + load(zero, at + 7 * h))
+            store(at, a + b)
+    half = 1
+    while 2 * half < count:
+        half *= 2
+    while count > 1:
+        for i in range(count - half):
+            at = address + i * stride
+            store(at, load(zero, at) + load(zero, at + half * stride))
+        count = half
+        half //= 2
+    return load(zero, address)
 
 
 # -- one chunk ---------------------------------------------------------------------------------------------------
@@ -120,11 +137,13 @@ def fold_16(v):
 @njit
 def chunk_max(like, address, stride, size, skip, spare):
     """The largest of `size` logits but for the one at `skip`, -inf if there is none; a positive NaN wins."""
-    best = ordered_bits(compute_dtype(like).dtype.type(-np.inf))
+    out_of_line()
+    best = ordered_bits(type(compute_zero(like))(-np.inf))
     for begin in range(0, size, LANES):
-        x = gather(like, address + begin * stride, stride, min(LANES, size - begin), spare)
+        count = min(LANES, size - begin)
+        x = span(like, gather(like, address + begin * stride, stride, count, spare), count)
         lane = skip - begin
-        if 0 <= lane < x.size:
+        if 0 <= lane < count:
             best = max_tile(x[:lane], best)
             best = max_tile(x[lane + 1 :], best)
         else:
@@ -139,51 +158,67 @@ def chunk_terms(like, address, stride, size, skip, ref, lanes, spare):
     The tile that holds `skip` is summed as any other; its lane is then put back, and its largest exponent is looked
     up again if it was the skipped one's.
     """
+    out_of_line()
     m = MAGIC + (BIAS - ref)
     low = (ref - BIAS) * INV_LOG2E_32
     top = np.int32(0)
+    tops = splat(ZERO)
     for begin in range(0, size, LANES):
-        x = gather(like, address + begin * stride, stride, min(LANES, size - begin), spare)
-        lane = skip - begin
-        inside = 0 <= lane < x.size
-        kept = lanes[lane] if inside and begin > 0 else ZERO
-        tile_top = add_tile(x, None, lanes, low, m) if begin == 0 else add_tile(x, 0, lanes, low, m)
+        count, lane = min(LANES, size - begin), skip - begin
+        at = gather(like, address + begin * stride, stride, count, spare)
+        inside = 0 <= lane < count
+        if inside:  # this tile's largest exponent is looked at on its own
+            top, tops = float_bits(most_bits_of(tops)), splat(ZERO)
+        kept = span(ZERO, lanes, LANES)[lane] if inside and begin > 0 else ZERO
+        if begin == 0:
+            tops = add_tile(like, at, count, None, lanes, low, m, tops)
+        else:
+            tops = add_tile(like, at, count, 0, lanes, low, m, tops)
         if inside:
-            lanes[lane] = kept
+            span(ZERO, lanes, LANES)[lane] = kept
+            x = span(like, at, count)
             skipped = widen(x[lane])
+            tile_top = float_bits(most_bits_of(tops))
             if tile_top <= float_bits(term_32(skipped, low, m, ZERO)[1]) or skipped != skipped:
                 tile_top = max(top_tile(x[:lane], low, m), top_tile(x[lane + 1 :], low, m))
-        top = max(top, tile_top)
-    return fold_lanes(lanes, min(size, LANES)), bits_float(np.int32(top)) - m
+            top, tops = max(top, tile_top), splat(ZERO)
+    top = max(top, float_bits(most_bits_of(tops)))
+    return fold_lanes(ZERO, lanes, min(size, LANES)), bits_float(np.int32(top)) - m
 
 
 @njit
 def chunk_terms_shifted(like, address, stride, size, skip, shift, lanes, spare):
     """The sum of exp(x - shift) over a chunk but for `skip`: every float64 chunk, and float32 ones beyond 2^20."""
-    one = lanes.dtype.type(1)
-    m, low = shifted_frame(one)
-    lanes[:] = one - one
+    out_of_line()
+    zero = compute_zero(like)
+    m, low = shifted_frame(zero)
+    sums = span(zero, lanes, LANES)
+    sums[:] = zero
     for begin in range(0, size, LANES):
-        x = gather(like, address + begin * stride, stride, min(LANES, size - begin), spare)
-        for i in range(np.uint64(x.size)):
+        count = min(LANES, size - begin)
+        x = span(like, gather(like, address + begin * stride, stride, count, spare), count)
+        for i in range(np.uint64(count)):
             v = widen(x[i]) - shift
-            lanes[i] = term(select(np.int64(i) == skip - begin, low, v), low, m, lanes[i])[0]
-    return fold_lanes(lanes, min(size, LANES))
+            sums[i] = term(select(np.int64(i) == skip - begin, low, v), low, m, sums[i])[0]
+    return fold_lanes(zero, lanes, min(size, LANES))
 
 
 @njit
 def chunk_moment(like, address, stride, size, skip, shift, lanes, spare):
     """The sum of exp(x - shift) * (x - shift) over a chunk but for `skip`."""
-    one = lanes.dtype.type(1)
-    m, low = shifted_frame(one)
-    lanes[:] = one - one
+    out_of_line()
+    zero = compute_zero(like)
+    m, low = shifted_frame(zero)
+    sums = span(zero, lanes, LANES)
+    sums[:] = zero
     for begin in range(0, size, LANES):
-        x = gather(like, address + begin * stride, stride, min(LANES, size - begin), spare)
-        for i in range(np.uint64(x.size)):
+        count = min(LANES, size - begin)
+        x = span(like, gather(like, address + begin * stride, stride, count, spare), count)
+        for i in range(np.uint64(count)):
             v = widen(x[i]) - shift
             v = select(np.int64(i) == skip - begin, low, v)
-            lanes[i] = fma(term(v, low, m, one - one)[0], select(v < low, low, v), lanes[i])
-    return fold_lanes(lanes, min(size, LANES))
+            sums[i] = fma(term(v, low, m, zero)[0], select(v < low, low, v), sums[i])
+    return fold_lanes(zero, lanes, min(size, LANES))
 
 
 def term(x, low, m, total):
@@ -192,35 +227,37 @@ def term(x, low, m, total):
 
 @overload(term)
 def _term(x, low, m, total):
-    if x == types.float64:
+    if x in (types.float64, Vector(types.float64)):
         return lambda x, low, m, total: term_64(x, low, m, total)
     return lambda x, low, m, total: term_32(x, low, m, total)
 
 
-def shifted_frame(one):
-    """(m, low) of a sum whose reference exponent is 0."""
+def shifted_frame(zero):
+    """(m, low) of a sum whose reference exponent is 0, by the type of zero."""
 
 
 @overload(shifted_frame)
-def _shifted_frame(one):
-    if one == types.float64:
-        return lambda one: (MAGIC_64 + BIAS_64, LOW_64)
-    return lambda one: (MAGIC + BIAS, -BIAS * INV_LOG2E_32)
+def _shifted_frame(zero):
+    if zero == types.float64:
+        return lambda zero: (MAGIC_64 + BIAS_64, LOW_64)
+    return lambda zero: (MAGIC + BIAS, -BIAS * INV_LOG2E_32)
 
 
-def chunk_sum(like, address, stride, size, skip, lanes, spare):
+def chunk_sum(like, address, stride, size, skip, guess, lanes, spare):
     """(s, c) with s * e^c the sum of exp(x) over a chunk but for `skip`; c lies within 1 of the largest x that counts.
 
-    The first reference exponent is that of the chunk's first classes; if a later one is too large for it, or there was
-    none, the sum is taken again from the exact maximum. s has the same bits either way.
+    The first reference exponent is `guess`, or, if that is NaN, the exponent of the chunk's first classes; if it is
+    above all that follow, or one is too large for it, the sum is taken again from the exact maximum. s has the same
+    bits in each case.
     """
 
 
 @overload(chunk_sum)
-def _chunk_sum(like, address, stride, size, skip, lanes, spare):
-    if like.dtype == types.float64:
+def _chunk_sum(like, address, stride, size, skip, guess, lanes, spare):
+    if like == types.float64:
 
-        def chunk_sum_64(like, address, stride, size, skip, lanes, spare):
+        def chunk_sum_64(like, address, stride, size, skip, guess, lanes, spare):
+            out_of_line()
             key = chunk_max(like, address, stride, size, skip, spare)
             if key >= ordered_bits(np.inf):
                 return np.nan, np.inf
@@ -231,35 +268,48 @@ def _chunk_sum(like, address, stride, size, skip, lanes, spare):
 
         return chunk_sum_64
 
-    def chunk_sum_32(like, address, stride, size, skip, lanes, spare):
-        ref = exponent_32(key_value(lanes, chunk_max(like, address, stride, min(HEAD, size), skip, spare)))
+    def chunk_sum_32(like, address, stride, size, skip, guess, lanes, spare):
+        out_of_line()
+        ref = guess if guess == guess else exponent_32(head_max(like, address, stride, size, skip, spare))
         if abs(ref) <= EXP_LIMIT:
             s, n = chunk_terms(like, address, stride, size, skip, ref, lanes, spare)
-            if n - ref <= HEADROOM and abs(n) <= EXP_LIMIT:
+            if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT:
                 return s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E
-        largest = key_value(lanes, chunk_max(like, address, stride, size, skip, spare))
-        if largest == -np.inf:
+        high = key_value(ZERO, chunk_max(like, address, stride, size, skip, spare))
+        if high == -np.inf:
             return empty_sum(like, address, stride, size, skip)
-        if not largest < np.inf:
+        if not high < np.inf:
             return np.nan, np.inf
-        ref = exponent_32(largest)
+        ref = exponent_32(high)
         if abs(ref) <= EXP_LIMIT:
             s, n = chunk_terms(like, address, stride, size, skip, ref, lanes, spare)
             return s, np.float64(n) * INV_LOG2E
-        return chunk_terms_shifted(like, address, stride, size, skip, largest, lanes, spare), np.float64(largest)
+        return chunk_terms_shifted(like, address, stride, size, skip, high, lanes, spare), np.float64(high)
 
     return chunk_sum_32
 
 
-def key_value(dtype, key):
-    """The float of this dtype whose key (ordered_bits) this is."""
+@njit
+def head_max(like, address, stride, size, skip, spare):
+    """The largest of the first HEAD logits of a chunk but for the one at `skip`; anything if one is NaN."""
+    always_inline()
+    if size < HEAD or 0 <= skip < HEAD or stride != item_size(like):
+        return key_value(ZERO, chunk_max(like, address, stride, min(HEAD, size), skip, spare))
+    best = load(like, address)
+    for i in range(WIDTH, HEAD, WIDTH):
+        best = at_least(load(like, address + i * stride), best)
+    return largest(best)
+
+
+def key_value(zero, key):
+    """The float of the type of `zero` whose key (ordered_bits) this is."""
 
 
 @overload(key_value)
-def _key_value(dtype, key):
-    if dtype.dtype == types.float64:
-        return lambda dtype, key: bits_float(key if key >= 0 else key ^ np.int64(0x7FFFFFFFFFFFFFFF))
-    return lambda dtype, key: bits_float(np.int32(key if key >= 0 else key ^ 0x7FFFFFFF))
+def _key_value(zero, key):
+    if zero == types.float64:
+        return lambda zero, key: bits_float(key if key >= 0 else key ^ np.int64(0x7FFFFFFFFFFFFFFF))
+    return lambda zero, key: bits_float(np.int32(key if key >= 0 else key ^ 0x7FFFFFFF))
 
 
 # -- one row -----------------------------------------------------------------------------------------------------
@@ -268,6 +318,7 @@ def _key_value(dtype, key):
 @njit
 def empty_sum(like, address, stride, size, skip):
     """What chunk_sum gives for a chunk of -inf; a negative NaN, which is no maximum, may hide in it."""
+    out_of_line()
     for i in range(size):
         x = widen(span(like, address + i * stride, 1)[0])
         if x != x and i != skip:
@@ -277,29 +328,29 @@ def empty_sum(like, address, stride, size, skip):
 
 @njit
 def row_address(rows, r):
+    always_inline()
     address, inner, outer_stride, inner_stride, _, _ = rows
     return address + (r // inner) * outer_stride + (r % inner) * inner_stride
 
 
 @njit
 def row_sum(like, rows, address, skip, lanes, spare):
-    """(s, c) of a whole row but for the class `skip`: its chunks, left to right."""
+    """(s, c) of a whole row but for the class `skip`: its chunks, left to right, each guessing from those before."""
+    out_of_line()
     stride, classes = rows[4], rows[5]
-    s, c = 0.0, -np.inf
-    for begin in range(0, classes, CHUNK):
-        part = chunk_sum(
-            like, address + begin * stride, stride, min(CHUNK, classes - begin), skip - begin, lanes, spare
-        )
-        if begin == 0:
-            s, c = part
-        else:
-            s, c = merge(s, c, part[0], part[1])
+    s, c = chunk_sum(like, address, stride, min(CHUNK, classes), skip, NO_GUESS, lanes, spare)
+    for begin in range(CHUNK, classes, CHUNK):
+        at, size = address + begin * stride, min(CHUNK, classes - begin)
+        guess = exponent_32(f32(c)) - MARGIN
+        s2, c2 = chunk_sum(like, at, stride, size, skip - begin, guess, lanes, spare)
+        s, c = merge(s, c, s2, c2)
     return s, c
 
 
 @njit
 def row_max(like, rows, address, spare):
     """(largest logit, its first index) of a row. A row with NaN: that of a positive NaN, or of the largest number."""
+    out_of_line()
     stride, classes = rows[4], rows[5]
     best = chunk_max(like, address, stride, min(CHUNK, classes), -1, spare)
     where = 0
@@ -307,7 +358,7 @@ def row_max(like, rows, address, spare):
         key = chunk_max(like, address + begin * stride, stride, min(CHUNK, classes - begin), -1, spare)
         if key > best:
             best, where = key, begin
-    largest = key_value(compute_dtype(like), best)
+    largest = key_value(compute_zero(like), best)
     for i in range(where, classes):
         x = widen(span(like, address + i * stride, 1)[0])
         if x == largest or (x != x and largest != largest):
@@ -319,6 +370,7 @@ def row_max(like, rows, address, spare):
 @njit
 def first_nan(like, rows, address):
     """The index of a row's first NaN, or -1."""
+    out_of_line()
     stride, classes = rows[4], rows[5]
     for i in range(classes):
         x = widen(span(like, address + i * stride, 1)[0])
@@ -330,12 +382,14 @@ def first_nan(like, rows, address):
 @njit
 def row_rank(like, rows, address, x, spare):
     """The number of classes with a logit larger than x."""
+    out_of_line()
     stride, classes = rows[4], rows[5]
     larger = 0
     for begin in range(0, classes, LANES):
-        tile = gather(like, address + begin * stride, stride, min(LANES, classes - begin), spare)
+        size = min(LANES, classes - begin)
+        tile = span(like, gather(like, address + begin * stride, stride, size, spare), size)
         count = np.int32(0)
-        for i in range(np.uint64(tile.size)):
+        for i in range(np.uint64(size)):
             count += np.int32(widen(tile[i]) > x)
         larger += count
     return larger
@@ -344,13 +398,14 @@ def row_rank(like, rows, address, x, spare):
 @njit
 def row_moments(like, rows, address, skip, lanes, spare):
     """(s, c, b) of a row but for `skip`: s * e^c sums exp(x), b sums exp(x - c) * (x - c)."""
+    out_of_line()
     stride, classes = rows[4], rows[5]
     s, c, b = 0.0, -np.inf, 0.0
     for begin in range(0, classes, CHUNK):
         at, size = address + begin * stride, min(CHUNK, classes - begin)
-        s2, c2 = chunk_sum(like, at, stride, size, skip - begin, lanes, spare)
+        s2, c2 = chunk_sum(like, at, stride, size, skip - begin, NO_GUESS, lanes, spare)
         if s2 != 0.0:
-            shift = lanes.dtype.type(c2)  # c2 lies between two numbers of the row's precision: take one of them
+            shift = type(compute_zero(like))(c2)  # c2 lies between two numbers of the row's precision: take one of them
             s2, c2 = s2 * exp_64(c2 - shift), np.float64(shift)
             b2 = chunk_moment(like, at, stride, size, skip - begin, shift, lanes, spare)
             s, c, b = merge_moments(s, c, b, s2, c2, b2)

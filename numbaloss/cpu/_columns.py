@@ -14,72 +14,64 @@ from .._scalar import (
     MAGIC,
     MAGIC_64,
     ZERO,
+    at_least,
     exponent_32,
     select,
 )
-from ._chunks import LOW_64, row_address, term
-from ._memory import prefetch, span, transpose_16, widen
+from .._vector import WIDTH
+from ._chunks import LOW_64, fold_vectors, row_address, term
+from ._memory import compute_zero, item_size, load, out_of_line, prefetch, span, store, transpose, widen
 
-STEP = 2  # classes at a time
 FEW = 8  # classes up to which a comparison with each finds the target faster than an index
 NOT_COUNTED, BAD = -1, -2
 
 
 @njit
 def group_of(classes):
-    """The number of rows side by side: what the first-level cache holds, a multiple of 16."""
-    return min(256, max(32, 8192 // classes // 16 * 16))
+    """The number of rows side by side: what the first-level cache holds, a multiple of 64."""
+    return min(256, max(64, 8192 // classes // 64 * 64))
+
+
+@njit
+def new_columns(like, classes, group):
+    """Room for the columns of a group, whole vectors of classes."""
+    return np.zeros((classes + WIDTH - 1) // WIDTH * WIDTH * group, type(compute_zero(like)))
 
 
 @njit
 def load_columns(like, rows, first, size, group, columns):
     """columns[j * group + i] = logit j of row first + i; rows up to the next outer stride lie evenly apart."""
+    out_of_line()
     _, inner, _, inner_stride, stride, classes = rows
+    step = group * columns.itemsize
     begin = 0
     while begin < size:
-        address = row_address(rows, first + begin)
+        source, target = row_address(rows, first + begin), np.int64(columns.ctypes.data) + begin * columns.itemsize
         run = min(size - begin, inner - (first + begin) % inner)
-        blocks, block_classes = 0, 0
-        if stride == like.itemsize:
-            blocks, block_classes = run // 16, classes // 16 * 16
-            transpose_blocks(like, address, inner_stride, blocks, block_classes, group, columns[begin:])
+        whole = run // WIDTH * WIDTH
+        if classes == 2 and stride == item_size(like) and inner_stride == 2 * stride:
+            x, whole = span(like, source, 2 * run), run
+            first_class, second_class = columns[begin : begin + run], columns[group + begin : group + begin + run]
+            for i in range(np.uint64(run)):
+                first_class[i] = widen(x[np.uint64(2) * i])
+                second_class[i] = widen(x[np.uint64(2) * i + np.uint64(1)])
+        elif stride == item_size(like):
+            for i in range(0, whole, WIDTH):
+                for j in range(0, classes, WIDTH):
+                    at = source + i * inner_stride + j * stride
+                    transpose(like, at, inner_stride, classes - j, target + i * columns.itemsize + j * step, step)
+        elif inner_stride == item_size(like):
+            for j in range(classes):
+                for i in range(0, whole, WIDTH):
+                    at = source + i * inner_stride + j * stride
+                    store(target + i * columns.itemsize + j * step, load(like, at))
+        else:
+            whole = 0
         for j in range(classes):
-            done = blocks * 16 if j < block_classes else 0
-            column = columns[j * group + begin + done : j * group + begin + run]
-            at = address + j * stride + done * inner_stride
-            if inner_stride == like.itemsize:
-                x = span(like, at, column.size)
-                for i in range(np.uint64(column.size)):
-                    column[i] = widen(x[i])
-            else:
-                for i in range(np.uint64(column.size)):
-                    column[i] = widen(span(like, at + np.int64(i) * inner_stride, 1)[0])
+            for i in range(whole, run):
+                x = span(like, source + i * inner_stride + j * stride, 1)[0]
+                columns[j * group + begin + i] = widen(x)
         begin += run
-
-
-def transpose_blocks(like, address, stride, blocks, classes, group, columns):
-    """The first blocks * 16 rows and `classes` classes of load_columns, 16 by 16."""
-
-
-@overload(transpose_blocks)
-def _transpose_blocks(like, address, stride, blocks, classes, group, columns):
-    if like.dtype == types.float64:
-
-        def one_by_one(like, address, stride, blocks, classes, group, columns):
-            for i in range(blocks * 16):
-                for j in range(classes):
-                    columns[j * group + i] = span(like, address + i * stride, classes)[j]
-
-        return one_by_one
-
-    def by_sixteen(like, address, stride, blocks, classes, group, columns):
-        target, item = columns.ctypes.data, columns.itemsize
-        for i in range(0, blocks * 16, 16):
-            for j in range(0, classes, 16):
-                source = address + i * stride + j * like.itemsize
-                transpose_16(like, source, stride, target + (j * group + i) * item, group * item)
-
-    return by_sixteen
 
 
 @njit
@@ -88,6 +80,7 @@ def take_targets(classes, targets, columns, x):
 
     A target of NOT_COUNTED makes the whole row -inf and x 0, so that its loss is 0; a BAD one makes x NaN.
     """
+    out_of_line()
     group = np.uint64(targets.size)
     low = columns.dtype.type(-np.inf)
     for i in range(group):
@@ -114,41 +107,37 @@ def sum_columns(classes, columns, frames, s, c, ahead, item):
     """(s[i], c[i]) as row_sum gives them, for a group of rows; overwrites the columns. `frames` is room for (4, group).
 
     Meanwhile the next group is asked for: its logits lie at `ahead`, of `item` bytes each, if they are contiguous.
-    One lane a class: the terms of class j of all rows at once, then the butterfly over the classes.
+    One lane a class: the terms of class j of 16 rows at once, then the butterfly over the classes.
     """
-    group, zero = np.uint64(s.size), columns.dtype.type(0)
+    out_of_line()
+    group, size, zero = s.size, columns.itemsize, columns.dtype.type(0)
+    step = group * size
     high, m, low, shift = frames[0], frames[1], frames[2], frames[3]
-    padded = (classes + STEP - 1) // STEP * STEP
-    columns[classes * s.size : padded * s.size] = -np.inf
-    high[:] = -np.inf
-    for j in range(np.uint64(0), np.uint64(padded), np.uint64(STEP)):
-        a, b = columns[j * group : (j + np.uint64(1)) * group], columns[(j + np.uint64(1)) * group :]
-        for i in range(group):
-            pair = select(a[i] > b[i], a[i], b[i])
-            high[i] = select(pair > high[i], pair, high[i])
-    for i in range(group):
+    begin, frame_at = np.int64(columns.ctypes.data), np.int64(frames.ctypes.data)
+    for i in range(0, group, WIDTH):
+        best = load(zero, begin + i * size)
+        for j in range(1, classes):
+            best = at_least(load(zero, begin + i * size + j * step), best)
+        store(frame_at + i * size, best)
+    for i in range(np.uint64(group)):
         m[i], low[i], shift[i], c[i] = frame(high[i])
-    for j in range(np.uint64(0), np.uint64(padded), np.uint64(STEP)):
-        for k in range(0, STEP * s.size * item, 64):
-            prefetch(ahead + np.int64(j) * s.size * item + k)
-        base = j * group
-        for i in range(group):
-            at = base + i
-            at2 = base + group + i
-            columns[at] = term(columns[at] - shift[i], low[i], m[i], zero)[0]
-            columns[at2] = term(columns[at2] - shift[i], low[i], m[i], zero)[0]
     half = 1
     while 2 * half < classes:
         half *= 2
-    width = classes
-    while half > 0:
-        for j in range(np.uint64(max(0, min(half, width - half)))):
-            for i in range(group):
-                columns[j * group + i] += columns[(j + np.uint64(half)) * group + i]
-        width = half
-        half //= 2
-    for i in range(group):
-        s[i] = columns[i]
+    for i in range(0, group, WIDTH):
+        at, line = begin + i * size, ahead + i * classes * item
+        row = frame_at + i * size
+        m_16, low_16, shift_16 = load(zero, row + step), load(zero, row + 2 * step), load(zero, row + 3 * step)
+        for j in range(min(half, classes)):
+            prefetch(line + j * WIDTH * item)
+            total = term(load(zero, at + j * step) - shift_16, low_16, m_16, zero)[0]
+            if j < classes - half:
+                prefetch(line + (j + half) * WIDTH * item)
+                total = total + term(load(zero, at + (j + half) * step) - shift_16, low_16, m_16, zero)[0]
+            store(at + j * step, total)
+        store(row, fold_vectors(zero, at, min(half, classes), step))
+    for i in range(np.uint64(group)):
+        s[i] = high[i]
 
 
 def frame(high):

@@ -1,24 +1,49 @@
-"""Raw memory for the CPU kernels: addresses in, one-dimensional arrays and float32 or float64 values out."""
+"""Raw memory for the CPU kernels: addresses in, one-dimensional arrays and float32 or float64 values out.
+
+`like` is a zero of the dtype of what is read: bfloat16 comes as uint16, float16 as int16.
+"""
+
+import math
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
-from .._scalar import from_bfloat16, from_float16, widen_half
+from .._scalar import LANES, ZERO, from_bfloat16, from_float16, widen_half
+from .._vector import WIDTH, Vector, spread
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
+TILE_BYTES = 8 * LANES
+
+
+def _attribute(name, docstring):
+    @intrinsic
+    def mark(typingctx):
+        def codegen(context, builder, sig, args):
+            builder.function.attributes.add(name)
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    mark.__doc__ = docstring
+    return mark
+
+
+always_inline = _attribute("alwaysinline", "Of the calling function. (Numba's own forceinline passes on to callees.)")
+out_of_line = _attribute("noinline", "One copy of the calling function: LLVM takes seconds for each that it inlines.")
 
 
 @intrinsic
 def span(typingctx, like, address, size):
     """A contiguous one-dimensional array of `like`'s dtype over `size` items at `address`. Owns nothing."""
-    array = types.Array(like.dtype, 1, "C")
+    array = types.Array(like, 1, "C")
 
     def codegen(context, builder, sig, args):
         _, address, size = args
-        item = ir.Constant(ir.IntType(64), context.get_abi_sizeof(context.get_data_type(like.dtype)))
+        item = ir.Constant(ir.IntType(64), context.get_abi_sizeof(context.get_data_type(like)))
         view = make_array(array)(context, builder)
         populate_array(
             view,
@@ -34,7 +59,7 @@ def span(typingctx, like, address, size):
 
 
 def widen(x):
-    """A logit as float32 (or float64): bfloat16 comes as uint16, float16 as int16."""
+    """A logit as float32, or as float64 if it is one."""
 
 
 @overload(widen)
@@ -46,78 +71,172 @@ def _widen(x):
     return lambda x: x
 
 
-@intrinsic
-def transpose_16(typingctx, like, source, source_stride, target, target_stride):
-    """16 rows of 16 neighbouring logits at `source` become 16 rows of float32 at `target`; strides in bytes.
+def _kind(like):
+    """(numba, LLVM) types of the logits that `like` stands for, and the Vector they are widened to."""
+    item = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}.get(like, ir.IntType(16))
+    return item, Vector(types.float64 if like == types.float64 else types.float32)
 
-    Four stages that interleave vector i with vector i + 8 transpose; LLVM turns them into the machine's own shuffles.
-    """
-    kinds = {types.float32: ir.FloatType(), types.int16: ir.IntType(16), types.uint16: ir.IntType(16)}
-    if like.dtype not in kinds:
-        return None
+
+def _widen_vector(context, builder, like, x):
+    if like == types.int16:
+        return widen_half(context, builder, x)
+    if like == types.uint16:
+        words = ir.VectorType(ir.IntType(32), WIDTH)
+        shifted = builder.shl(builder.zext(x, words), ir.Constant(words, [16] * WIDTH))
+        return builder.bitcast(shifted, ir.VectorType(ir.FloatType(), WIDTH))
+    return x
+
+
+def _load(context, builder, like, address, size=None):
+    """The vector of WIDTH logits at `address`; with a size, those from there on are -inf and not touched."""
+    item, _ = _kind(like)
+    kind = ir.VectorType(item, WIDTH)
+    align = like.bitwidth // 8
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    if size is None:
+        return _widen_vector(context, builder, like, builder.load(pointer, align=align))
+    index = ir.VectorType(ir.IntType(32), WIDTH)
+    size = spread(builder, builder.trunc(size, ir.IntType(32)))
+    mask = builder.icmp_signed("<", ir.Constant(index, list(range(WIDTH))), size)
+    low = {types.uint16: 0xFF80, types.int16: 0xFC00}.get(like, -math.inf)
+    flags = ir.VectorType(ir.IntType(1), WIDTH)
+    function = ir.FunctionType(kind, [kind.as_pointer(), ir.IntType(32), flags, kind])
+    suffix = f"v{WIDTH}{item.intrinsic_name}"
+    load = cgutils.get_or_insert_function(builder.module, function, f"llvm.masked.load.{suffix}.p0{suffix}")
+    x = builder.call(load, [pointer, ir.Constant(ir.IntType(32), align), mask, ir.Constant(kind, [low] * WIDTH)])
+    return _widen_vector(context, builder, like, x)
+
+
+@intrinsic
+def load(typingctx, like, address):
+    """The WIDTH logits at `address` as a Vector of float32 or float64."""
 
     def codegen(context, builder, sig, args):
-        _, source, source_stride, target, target_stride = args
-        kind, item = kinds[like.dtype], 4 if like.dtype == types.float32 else 2
-        wide = ir.VectorType(ir.FloatType(), 16)
-        words = ir.VectorType(ir.IntType(32), 16)
+        return _load(context, builder, like, args[1])
 
-        def row(base, stride, i, element):
-            address = builder.add(base, builder.mul(stride, ir.Constant(stride.type, i)))
-            return builder.inttoptr(address, ir.VectorType(element, 16).as_pointer())
+    return _kind(like)[1](like, types.int64), codegen
 
-        rows = []
-        for i in range(16):
-            x = builder.load(row(source, source_stride, i, kind), align=item)
-            if like.dtype == types.int16:
-                x = widen_half(context, builder, x)
-            elif like.dtype == types.uint16:
-                x = builder.bitcast(builder.shl(builder.zext(x, words), ir.Constant(words, [16] * 16)), wide)
-            rows.append(x)
-        index = ir.VectorType(ir.IntType(32), 16)
-        halves = [ir.Constant(index, [(k // 2 + h) + 16 * (k % 2) for k in range(16)]) for h in (0, 8)]
-        for _ in range(4):
-            rows = [builder.shuffle_vector(rows[k // 2], rows[k // 2 + 8], halves[k % 2]) for k in range(16)]
-        for i in range(16):
-            builder.store(rows[i], row(target, target_stride, i, ir.FloatType()), align=4)
+
+@intrinsic
+def load_part(typingctx, like, address, size):
+    """The first `size` < WIDTH logits at `address`, and -inf."""
+
+    def codegen(context, builder, sig, args):
+        return _load(context, builder, like, args[1], args[2])
+
+    return _kind(like)[1](like, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, address, v):
+    """Write a Vector to `address`."""
+
+    def codegen(context, builder, sig, args):
+        address, value = args
+        builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=v.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, v), codegen
+
+
+@intrinsic
+def transpose(typingctx, like, source, source_stride, size, target, target_stride):
+    """16 rows of `size` neighbouring logits at `source` become 16 rows at `target`, the last all -inf for a size < 16.
+
+    Strides in bytes. Vectors i and i + 1, 2, 4, 8 exchange halves: two stages within quarters, two of whole quarters,
+    for which machines have instructions.
+    """
+    index = ir.VectorType(ir.IntType(32), 16)
+
+    def picks(*quarters):
+        return ir.Constant(index, [q + k for q, inner in quarters for k in inner])
+
+    quarters = range(0, 16, 4)
+    whole = range(4)
+    even, odd = (picks(*((q, whole) for q in (k, k + 8, k + 16, k + 24))) for k in (0, 4))
+    stages = (
+        (1, picks(*((q, (0, 16, 1, 17)) for q in quarters)), picks(*((q, (2, 18, 3, 19)) for q in quarters))),
+        (2, picks(*((q, (0, 1, 16, 17)) for q in quarters)), picks(*((q, (2, 3, 18, 19)) for q in quarters))),
+        (4, even, odd),
+        (8, even, odd),
+    )
+
+    def codegen(context, builder, sig, args):
+        _, source, source_stride, size, target, target_stride = args
+
+        def row(base, stride, i):
+            return builder.add(base, builder.mul(stride, ir.Constant(stride.type, i)))
+
+        def move(part):
+            rows = [_load(context, builder, like, row(source, source_stride, i), part) for i in range(16)]
+            for far, low, high in stages:
+                for i in range(16):
+                    if not i & far:
+                        a, b = rows[i], rows[i + far]
+                        rows[i], rows[i + far] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+            for i, x in enumerate(rows):
+                column = i // 4 * 4 + (0, 2, 1, 3)[i % 4]
+                pointer = builder.inttoptr(row(target, target_stride, column), x.type.as_pointer())
+                builder.store(x, pointer, align=4)
+
+        with builder.if_else(builder.icmp_signed("<", size, ir.Constant(size.type, 16))) as (partial, whole):
+            with partial:
+                move(size)
+            with whole:
+                move(None)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(like, i64, i64, i64, i64), codegen
+    return types.void(like, i64, i64, i64, i64, i64), codegen
 
 
-def compute_dtype(like):
-    """The dtype that an array of this kind is computed in, as an empty array."""
+def compute_zero(like):
+    """A zero of the dtype that such logits are computed in."""
 
 
-@overload(compute_dtype)
-def _compute_dtype(like):
-    if like.dtype == types.float64:
-        return lambda like: np.empty(0, np.float64)
-    return lambda like: np.empty(0, np.float32)
+@overload(compute_zero)
+def _compute_zero(like):
+    if like == types.float64:
+        return lambda like: 0.0
+    return lambda like: ZERO
 
 
-@njit
-def scratch(size, like):
-    """`size` items of `like`'s dtype that begin on a cache line."""
-    store = np.empty(size * like.itemsize + ALIGN, np.uint8)
-    begin = (store.ctypes.data + (ALIGN - 1)) & ~(ALIGN - 1)
-    offset = begin - store.ctypes.data
-    return store[offset : offset + size * like.itemsize].view(like.dtype)
+def item_size(like):
+    """Bytes."""
+
+
+@overload(item_size)
+def _item_size(like):
+    size = 1 if like == types.boolean else like.bitwidth // 8
+    return lambda like: size
+
+
+@intrinsic(prefer_literal=True)
+def stack(typingctx, size):
+    """The address of `size` bytes, a literal, on the stack of the calling function, at a cache line."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    room = ir.ArrayType(ir.IntType(8), size.literal_value)
+
+    def codegen(context, builder, sig, args):
+        with builder.goto_entry_block():  # not cgutils.alloca_once, which fills it with zeros
+            pointer = builder.alloca(room)
+        pointer.align = ALIGN
+        return builder.ptrtoint(pointer, ir.IntType(64))
+
+    return types.int64(size), codegen
 
 
 @njit
 def gather(like, address, stride, size, spare):
-    """The `size` items at `address`, `stride` bytes apart: in place where they are neighbours, else copied to `spare`.
-
-    `spare` is an address, not an array, so that neither way counts a reference.
-    """
-    if stride != like.itemsize:
-        copy = span(like, spare, size)
-        for i in range(np.uint64(size)):
-            copy[i] = span(like, address + np.int64(i) * stride, 1)[0]
-        return copy
-    return span(like, address, size)
+    """The address of `size` neighbouring items: those at `address`, copied to `spare` if their stride is larger."""
+    always_inline()
+    if stride == item_size(like):
+        return address
+    copy = span(like, spare, size)
+    for i in range(np.uint64(size)):
+        copy[i] = span(like, address + np.int64(i) * stride, 1)[0]
+    return spare
 
 
 @intrinsic
@@ -128,7 +247,7 @@ def prefetch(typingctx, address):
     def codegen(context, builder, sig, args):
         kind = ir.FunctionType(ir.VoidType(), [byte] + [ir.IntType(32)] * 3)
         function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        flags = [ir.Constant(ir.IntType(32), k) for k in (0, 3, 1)]  # read, keep, data
+        flags = [ir.Constant(ir.IntType(32), k) for k in (0, 2, 1)]  # read, second level, data
         builder.call(function, [builder.inttoptr(args[0], byte), *flags])
         return context.get_dummy_value()
 

@@ -4,12 +4,12 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._scalar import exp_neg_32, exp_neg_64, log1p_32, log1p_64, select, sigmoid_loss, weighted_loss
+from .._scalar import LANES, exp_neg_32, exp_neg_64, log1p_32, log1p_64, select, sigmoid_loss, weighted_loss
 from ._chunks import row_address
 from ._launch import Kernel
-from ._memory import gather, scratch, widen
+from ._memory import TILE_BYTES, gather, span, stack, widen
 
-TILE = 1024
+TILE = LANES
 
 
 def _binary_xent(blocks, like, rows, like_labels, label_rows, like_weight, weight_rows, loss):
@@ -18,14 +18,13 @@ def _binary_xent(blocks, like, rows, like_labels, label_rows, like_weight, weigh
     tiles = (columns + TILE - 1) // TILE
     n = loss.shape[0] * tiles
     for block in prange(blocks):
-        spare, spare_2 = scratch(TILE, like).ctypes.data, scratch(TILE, like_labels).ctypes.data
-        spare_3 = scratch(TILE, like_weight).ctypes.data
+        spare, spare_2, spare_3 = stack(TILE_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
         for task in range(block * n // blocks, (block + 1) * n // blocks):
             r, begin = task // tiles, task % tiles * TILE
             size = min(TILE, columns - begin)
-            x = gather(like, row_address(rows, r) + begin * stride, stride, size, spare)
+            x = span(like, gather(like, row_address(rows, r) + begin * stride, stride, size, spare), size)
             at = row_address(label_rows, r) + begin * label_rows[4]
-            z = gather(like_labels, at, label_rows[4], size, spare_2)
+            z = span(like_labels, gather(like_labels, at, label_rows[4], size, spare_2), size)
             q = weight_tile(like_weight, weight_rows, r, begin, size, spare_3)
             loss_tile(x, z, q, loss[r, begin : begin + size])
 
@@ -41,8 +40,8 @@ def weight_tile(like, rows, r, begin, size, spare):
 def _weight_tile(like, rows, r, begin, size, spare):
     if rows == types.none or isinstance(rows, types.Float):
         return lambda like, rows, r, begin, size, spare: rows
-    return lambda like, rows, r, begin, size, spare: gather(
-        like, row_address(rows, r) + begin * rows[4], rows[4], size, spare
+    return lambda like, rows, r, begin, size, spare: span(
+        like, gather(like, row_address(rows, r) + begin * rows[4], rows[4], size, spare), size
     )
 
 

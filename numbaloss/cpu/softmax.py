@@ -30,10 +30,21 @@ from .._scalar import (
     target_loss,
     target_lse,
 )
-from ._chunks import LOW_64, chunk_sum, first_nan, fold_lanes, row_address, row_max, row_moments, row_rank, row_sum
-from ._columns import BAD, NOT_COUNTED, STEP, group_of, load_columns, sum_columns, take_targets
+from ._chunks import (
+    LOW_64,
+    NO_GUESS,
+    chunk_sum,
+    first_nan,
+    fold_lanes,
+    row_address,
+    row_max,
+    row_moments,
+    row_rank,
+    row_sum,
+)
+from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, take_targets
 from ._launch import Kernel
-from ._memory import compute_dtype, gather, scratch, span, widen
+from ._memory import TILE_BYTES, compute_zero, gather, item_size, out_of_line, prefetch, span, stack, widen
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
@@ -44,6 +55,7 @@ SPLIT = 64  # with fewer rows than this, the chunks of a row go to different thr
 @njit
 def finish(s, c, x, u, loss):
     """The losses of up to GROUP rows: one loop for the exponential and one for the logarithm are faster than one."""
+    out_of_line()
     for i in range(np.uint64(loss.size)):
         u[i] = others_to_target(s[i], c[i], x[i])
     for i in range(np.uint64(loss.size)):
@@ -82,12 +94,12 @@ def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
         chunks = (classes + CHUNK - 1) // CHUNK
         parts = np.empty((n * chunks, 2))
         for task in prange(n * chunks):
+            lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
             r, begin = task // chunks, task % chunks * CHUNK
             if counts(r, labels, weights, ignore_index) and 0 <= labels[r] < classes:
                 address = row_address(rows, r) + begin * stride
                 size = min(CHUNK, classes - begin)
-                lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
-                parts[task] = chunk_sum(like, address, stride, size, labels[r] - begin, lanes, spare)
+                parts[task] = chunk_sum(like, address, stride, size, labels[r] - begin, NO_GUESS, lanes, spare)
         for r in range(n):
             y = labels[r]
             loss[r] = 0
@@ -104,7 +116,7 @@ def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
                     bad[0] += 1
         return bad.sum()
     for block in prange(blocks):
-        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
         s, c, x, u = np.empty(GROUP), np.empty(GROUP), np.empty(GROUP), np.empty(GROUP)
         for first in range(block * n // blocks, (block + 1) * n // blocks, GROUP):
             size = min(GROUP, (block + 1) * n // blocks - first)
@@ -133,14 +145,16 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
     n = loss.size
     bad = np.zeros(blocks, np.int64)
     for block in prange(blocks):
-        columns = scratch((classes + STEP) * group, compute_dtype(like))
-        frames = scratch(4 * group, columns).reshape((4, group))
-        columns[:] = 0
+        columns = new_columns(like, classes, group)
+        frames = np.empty((4, group), columns.dtype)
         targets, wrong = np.empty(group, np.int64), 0
         s, c, x, u = np.empty(group), np.empty(group), np.empty(group), np.empty(group)
         for first in range(block * n // blocks, (block + 1) * n // blocks, group):
             size = min(group, (block + 1) * n // blocks - first)
             load_columns(like, rows, first, size, group, columns)
+            for k in range(0, group, 8):
+                prefetch(np.int64(labels.ctypes.data) + (first + group + k) * 8)
+                prefetch(np.int64(loss.ctypes.data) + (first + group + k) * loss.itemsize)
             targets[:] = NOT_COUNTED
             for i in range(np.uint64(size)):
                 r = np.uint64(first) + i
@@ -150,7 +164,7 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
                 )
                 wrong += targets[i] == BAD
             take_targets(classes, targets, columns, x)
-            sum_columns(classes, columns, frames, s, c, row_address(rows, first + group), like.itemsize)
+            sum_columns(classes, columns, frames, s, c, row_address(rows, first + group), item_size(like))
             finish(s, c, x, u, loss[first : first + size])
         bad[block] = wrong
     return bad.sum()
@@ -165,7 +179,7 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
     n = logprob.size
     bad = np.zeros(blocks, np.int64)
     for block in prange(blocks):
-        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             y, address = labels[r], row_address(rows, r)
             looked_at = counts(r, labels, weights, ignore_index)
@@ -227,6 +241,7 @@ def leave_largest_out(like, rows, address, lanes, spare):
 @njit
 def plain_lse(like, rows, address, lanes, spare):
     """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
+    out_of_line()
     largest, _, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
     if log1p_u == log1p_u:
         return np.float64(largest) + log1p_u
@@ -237,7 +252,7 @@ def _logsumexp(blocks, like, rows, lse):
     """lse[r] = log(sum(exp(row r)))."""
     n = lse.size
     for block in prange(blocks):
-        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             lse[r] = plain_lse(like, rows, row_address(rows, r), lanes, spare)
 
@@ -250,14 +265,14 @@ def _normalize(blocks, like, rows, logarithm, out):
     stride, classes = rows[4], rows[5]
     n = out.shape[0]
     for block in prange(blocks):
-        lanes, spare = scratch(LANES, compute_dtype(like)), scratch(LANES, like).ctypes.data
+        lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             address = row_address(rows, r)
             largest, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
-            loss = lanes.dtype.type(log1p_u)
+            loss = type(largest)(log1p_u)
             for begin in range(0, classes, LANES):
                 size = min(LANES, classes - begin)
-                x = gather(like, address + begin * stride, stride, size, spare)
+                x = span(like, gather(like, address + begin * stride, stride, size, spare), size)
                 if logarithm:
                     log_tile(x, largest, loss, out[r, begin : begin + size])
                 else:
@@ -272,9 +287,8 @@ def _narrow_normalize(blocks, like, rows, logarithm, out):
     n, classes = out.shape
     group = group_of(classes)
     for block in prange(blocks):
-        columns = scratch((classes + STEP) * group, compute_dtype(like))
-        terms, frames = np.empty_like(columns), scratch(5 * group, columns).reshape((5, group))
-        columns[:] = 0
+        columns = new_columns(like, classes, group)
+        terms, frames = np.empty_like(columns), np.empty((5, group), columns.dtype)
         largest, targets = np.empty(group, columns.dtype), np.empty(group, np.int64)
         s, c, x, u = np.empty(group), np.empty(group), np.empty(group), np.empty(group)
         loss = np.empty(group, columns.dtype)
@@ -284,7 +298,7 @@ def _narrow_normalize(blocks, like, rows, logarithm, out):
             terms[:] = columns
             largest_columns(classes, columns, largest, targets)
             take_targets(classes, targets, terms, x)
-            sum_columns(classes, terms, frames, s, c, row_address(rows, first + group), like.itemsize)
+            sum_columns(classes, terms, frames, s, c, row_address(rows, first + group), item_size(like))
             finish(s, c, x, u, loss)
             fill_frames(largest, u, loss, frames)
             for j in range(classes):
@@ -338,6 +352,7 @@ def largest_columns(classes, columns, largest, targets):
 
 @njit
 def log_tile(x, largest, log1p_u, out):
+    out_of_line()
     for i in range(np.uint64(out.size)):
         out[i] = log_softmax_of(widen(x[i]), largest, log1p_u)
 
@@ -349,6 +364,7 @@ def log_softmax_of(x, largest, log1p_u):
 
 @njit
 def exp_tile(x, largest, u, log1p_u, out):
+    out_of_line()
     m, low, shift, scale, top = softmax_frame(largest, u, log1p_u)
     for i in range(np.uint64(out.size)):
         out[i] = softmax_of(widen(x[i]), largest, m, low, shift, scale, top)
@@ -412,8 +428,9 @@ def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weig
     stride, classes = rows[4], rows[5]
     n = loss.size
     for block in prange(blocks):
-        lanes, lanes_2 = scratch(LANES, compute_dtype(like)), scratch(LANES, compute_dtype(like))
-        spare, spare_2 = scratch(LANES, like).ctypes.data, scratch(LANES, like_labels).ctypes.data
+        lanes, lanes_2, spare, spare_2 = stack(TILE_BYTES), stack(TILE_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
+        zero = compute_zero(like)
+        distances, masses = span(zero, lanes, LANES), span(zero, lanes_2, LANES)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             loss[r] = 0
             if not weight_is_zero(r, weights):
@@ -422,16 +439,16 @@ def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weig
                 distance, mass = 0.0, 0.0
                 for chunk in range(0, classes, CHUNK):
                     end = min(chunk + CHUNK, classes)
-                    lanes[:] = 0
-                    lanes_2[:] = 0
+                    distances[:] = 0
+                    masses[:] = 0
                     for begin in range(chunk, end, LANES):
                         size = min(LANES, end - begin)
-                        x = gather(like, address + begin * stride, stride, size, spare)
+                        x = span(like, gather(like, address + begin * stride, stride, size, spare), size)
                         at = label_address + begin * label_rows[4]
-                        labels = gather(like_labels, at, label_rows[4], size, spare_2)
-                        label_tile(x, labels, class_weights, begin, largest, lanes, lanes_2)
-                    distance += fold_lanes(lanes, min(LANES, end - chunk))
-                    mass += fold_lanes(lanes_2, min(LANES, end - chunk))
+                        labels = span(like_labels, gather(like_labels, at, label_rows[4], size, spare_2), size)
+                        label_tile(x, labels, class_weights, begin, largest, distances, masses)
+                    distance += fold_lanes(zero, lanes, min(LANES, end - chunk))
+                    mass += fold_lanes(zero, lanes_2, min(LANES, end - chunk))
                 loss[r] = fma(mass, log1p_u, distance)
 
 
@@ -441,6 +458,7 @@ dense_xent = Kernel(_dense_xent)
 @njit
 def label_tile(x, labels, class_weights, begin, largest, distance, mass):
     """Add l (largest - x) and l to the lanes; a label of 0 adds 0 whatever its logit."""
+    out_of_line()
     for i in range(np.uint64(x.size)):
         label = weighted_label(distance.dtype.type(widen(labels[i])), class_weights, np.uint64(begin) + i)
         product = fma(label, largest - widen(x[i]), distance[i])

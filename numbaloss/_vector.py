@@ -1,0 +1,138 @@
+"""Sixteen floats as one value in compiled CPU code, so that a hot loop need not hope for LLVM's vectoriser.
+
+A function of scalars that is written with +, -, * and the intrinsics of _scalar takes vectors too, scalars among them
+counting sixteen times, and rounds each lane as it would a scalar. LLVM splits a vector into the machine's registers.
+"""
+
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+WIDTH = 16
+
+
+class Vector(types.Type):
+    """WIDTH items of float32 or float64."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(f"Vector({dtype})")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        item = ir.FloatType() if kind.dtype == types.float32 else ir.DoubleType()
+        super().__init__(manager, kind, ir.VectorType(item, WIDTH))
+
+
+def vector_of(*operands):
+    """The type of a result of these operands: a vector if one is, the scalar they all are, or None if they differ."""
+    dtypes = {x.dtype if isinstance(x, Vector) else x for x in operands}
+    if len(dtypes) != 1 or not dtypes <= {types.float32, types.float64}:
+        return None
+    (dtype,) = dtypes
+    return Vector(dtype) if any(isinstance(x, Vector) for x in operands) else dtype
+
+
+def spread(builder, value):
+    """A vector whose lanes all hold this scalar; vectors stay as they are."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    kind = ir.VectorType(value.type, WIDTH)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+
+
+def lift(builder, result, values):
+    """The operands of an operation with a result of this type."""
+    return [spread(builder, v) for v in values] if isinstance(result, Vector) else list(values)
+
+
+@intrinsic
+def splat(typingctx, x):
+    """A vector whose lanes all hold x."""
+    return Vector(x)(x), lambda context, builder, sig, args: spread(builder, args[0])
+
+
+def _operator(op, emit):
+    @intrinsic
+    def run(typingctx, a, b):
+        kind = vector_of(a, b)
+        return kind(a, b), lambda context, builder, sig, args: emit(builder, *lift(builder, kind, args))
+
+    @overload(op)
+    def _(a, b):
+        return (lambda a, b: run(a, b)) if isinstance(vector_of(a, b), Vector) else None
+
+
+_operator(operator.add, lambda builder, a, b: builder.fadd(a, b))
+_operator(operator.sub, lambda builder, a, b: builder.fsub(a, b))
+_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b))
+
+
+@intrinsic
+def _negative(typingctx, a):
+    return a(a), lambda context, builder, sig, args: builder.fneg(args[0])
+
+
+@overload(operator.neg)
+def _neg(a):
+    return (lambda a: _negative(a)) if isinstance(a, Vector) else None
+
+
+@intrinsic
+def most_bits(typingctx, a, b):
+    """The one of two vectors of float32 whose bits are the larger signed integer, lane by lane."""
+
+    def codegen(context, builder, sig, args):
+        return _larger_bits(builder, *args)
+
+    return a(a, b), codegen
+
+
+def _larger_bits(builder, a, b):
+    words = ir.VectorType(ir.IntType(32), a.type.count)
+    i, j = builder.bitcast(a, words), builder.bitcast(b, words)
+    return builder.bitcast(builder.select(builder.icmp_signed(">", i, j), i, j), a.type)
+
+
+def _reduce(builder, v, combine):
+    """Lane l takes in lane l + h for h = 8, 4, 2, 1; lane 0 is left."""
+    half = v.type.count // 2
+    while half:
+        index = ir.VectorType(ir.IntType(32), half)
+        low, high = (ir.Constant(index, list(range(k, k + half))) for k in (0, half))
+        none = ir.Constant(v.type, ir.Undefined)
+        v = combine(builder.shuffle_vector(v, none, low), builder.shuffle_vector(v, none, high))
+        half //= 2
+    return builder.extract_element(v, ir.Constant(ir.IntType(32), 0))
+
+
+@intrinsic
+def fold(typingctx, v):
+    """The butterfly over the lanes of a vector."""
+    return v.dtype(v), lambda context, builder, sig, args: _reduce(builder, args[0], builder.fadd)
+
+
+@intrinsic
+def most_bits_of(typingctx, v):
+    """The lane of a vector of float32 whose bits are the largest signed integer."""
+
+    def codegen(context, builder, sig, args):
+        return _reduce(builder, args[0], lambda a, b: _larger_bits(builder, a, b))
+
+    return v.dtype(v), codegen
+
+
+@intrinsic
+def largest(typingctx, v):
+    """The largest lane of a vector; where one is NaN, that or another."""
+
+    def codegen(context, builder, sig, args):
+        return _reduce(builder, args[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+
+    return v.dtype(v), codegen
