@@ -103,6 +103,20 @@ def take_targets(classes, targets, columns, x):
 
 
 @njit
+def sum_pairs(columns, targets, x, s, c):
+    """take_targets and sum_columns for two classes: the sum is one term."""
+    out_of_line()
+    group, zero = np.uint64(targets.size), columns.dtype.type(0)
+    for i in range(group):
+        a, b, second = columns[i], columns[group + i], targets[i] == 1
+        other = select(targets[i] == NOT_COUNTED, columns.dtype.type(-np.inf), select(second, a, b))
+        x[i] = select(targets[i] == BAD, np.nan, np.float64(select(second, b, a)))
+        x[i] = select(targets[i] == NOT_COUNTED, 0.0, x[i])
+        m, low, shift, c[i] = frame(other)
+        s[i] = term(other - shift, low, m, zero)[0]
+
+
+@njit
 def sum_columns(classes, columns, frames, s, c, ahead, item):
     """(s[i], c[i]) as row_sum gives them, for a group of rows; overwrites the columns. `frames` is room for (4, group).
 

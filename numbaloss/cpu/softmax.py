@@ -42,7 +42,7 @@ from ._chunks import (
     row_rank,
     row_sum,
 )
-from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, take_targets
+from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
 from ._launch import Kernel
 from ._memory import TILE_BYTES, compute_zero, gather, item_size, out_of_line, prefetch, span, stack, widen
 
@@ -163,8 +163,14 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
                     counts(r, labels, weights, ignore_index), y if 0 <= y < classes else BAD, NOT_COUNTED
                 )
                 wrong += targets[i] == BAD
-            take_targets(classes, targets, columns, x)
-            sum_columns(classes, columns, frames, s, c, row_address(rows, first + group), item_size(like))
+            ahead = row_address(rows, first + group)
+            if classes == 2:
+                for k in range(0, group, 32 // item_size(like)):
+                    prefetch(ahead + 2 * k * item_size(like))
+                sum_pairs(columns, targets, x, s, c)
+            else:
+                take_targets(classes, targets, columns, x)
+                sum_columns(classes, columns, frames, s, c, ahead, item_size(like))
             finish(s, c, x, u, loss[first : first + size])
         bad[block] = wrong
     return bad.sum()
