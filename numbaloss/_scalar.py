@@ -242,12 +242,31 @@ def exp_64(x):
     return p * low_bits_exponent(t) * 2.0**-64
 
 
+@scalar
+def exp_short(x):
+    """exp(x) for x <= 60, relative error 1.1e-10, 0 below -708.8: enough where the result becomes a float32."""
+    m = MAGIC_64 + BIAS_64
+    v = at_least(x, -709.1)  # whose exponent field is 0
+    t = fma(v, LOG2E_64, m)
+    f = fma(v, LOG2E_64, -(t - m))
+    p = fma(1.5297323760701075e-05, f, 0.0001546144469856913)
+    p = fma(p, f, 0.001333350238616277)
+    p = fma(p, f, 0.009618056678524637)
+    p = fma(p, f, 0.055504108839096185)
+    p = fma(p, f, 0.24022650922288757)
+    p = fma(p, f, 0.6931471805599453)
+    return fma(p, f, 1.0) * low_bits_exponent(t)
+
+
 # -- logarithms --------------------------------------------------------------------------------------------------
 
 
 @scalar
-def log_plus(v, c):
-    """log(v + c) for a normal v > 0 and |c| <= ulp(v) / 2, which counts only for v < 2: 1 ulp."""
+def log_plus(v, c, full):
+    """log(v + c) for a normal v > 0 and |c| <= ulp(v) / 2, which counts only for v < 2: 1 ulp, or 2.5e-11 if not full.
+
+    `full` is a constant wherever this is compiled into a loop.
+    """
     i = float_bits(v)
     e = (i - SQRT_HALF_BITS) >> np.int64(52)
     m = bits_float(i - (e << np.int64(52)))  # in [sqrt(1/2), sqrt(2))
@@ -255,12 +274,17 @@ def log_plus(v, c):
     f = m - 1.0
     s = f / (2.0 + f)
     z = s * s
-    p = fma(0.14616449685043406, z, 0.15331721600556042)
-    p = fma(p, z, 0.18182889125261723)
-    p = fma(p, z, 0.2222221113479508)
-    p = fma(p, z, 0.28571428625975487)
-    p = fma(p, z, 0.39999999999899505)
-    p = fma(p, z, 0.666666666666667)
+    if full:
+        p = fma(0.14616449685043406, z, 0.15331721600556042)
+        p = fma(p, z, 0.18182889125261723)
+        p = fma(p, z, 0.2222221113479508)
+        p = fma(p, z, 0.28571428625975487)
+        p = fma(p, z, 0.39999999999899505)
+        p = fma(p, z, 0.666666666666667)
+    else:
+        p = fma(0.23330467216303835, z, 0.28550820815960665)
+        p = fma(p, z, 0.40000121839806124)
+        p = fma(p, z, 0.6666666655449709)
     half_square = 0.5 * f * f
     tail = fma(s, fma(p, z, half_square), fma(k, LN2_LO, select(v < 2.0, c, 0.0)))
     return fma(k, LN2_HI, f - (half_square - tail))
@@ -270,7 +294,7 @@ def log_plus(v, c):
 def log1p_64(u):
     """log(1 + u) for u >= 0, with full relative accuracy. +inf gives an undefined value, NaN NaN."""
     v = 1.0 + u
-    return log_plus(v, u - (v - 1.0))
+    return log_plus(v, u - (v - 1.0), True)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -287,18 +311,21 @@ def merge(s, c, s2, c2):
 
 
 @scalar
-def others_to_target(s, c, x):
-    """u = s * e^c / e^x, the others' sum beside a target whose logit is x; +inf if it is beyond e^60."""
+def others_to_target(s, c, x, full):
+    """u = s * e^c / e^x, the others' sum beside a target whose logit is x; +inf if it is beyond e^60.
+
+    `full` says, here and below, that the logits are float64; for others 1e-10 is enough.
+    """
     a = c - x
-    return select(a > 60.0, np.inf, s * exp_64(a))
+    return select(a > 60.0, np.inf, s * (exp_64(a) if full else exp_short(a)))
 
 
 @scalar
-def target_loss(u, s, c, x):
+def target_loss(u, s, c, x, full):
     """log(1 + u), u from others_to_target; where that is +inf, log(s) + c - x."""
     far = u == np.inf
     v = select(far, s, 1.0 + u)
-    loss = log_plus(v, select(far, 0.0, u - (v - 1.0))) + select(far, c - x, 0.0)
+    loss = log_plus(v, select(far, 0.0, u - (v - 1.0)), full) + select(far, c - x, 0.0)
     loss = select(x == -np.inf, np.inf, loss)
     alone = select(x > -np.inf, 0.0, np.nan)
     loss = select(s == 0.0, alone, loss)
@@ -306,19 +333,19 @@ def target_loss(u, s, c, x):
 
 
 @scalar
-def target_lse(u, s, c, x, loss):
+def target_lse(u, s, c, x, loss, full):
     """log of the sum over all classes, the target's x included."""
-    return select(s == 0.0, x, select(u == np.inf, log_plus(s, 0.0) + c, x + loss))
+    return select(s == 0.0, x, select(u == np.inf, log_plus(s, 0.0, full) + c, x + loss))
 
 
 @scalar
-def row_entropy(s, c, b, x):
+def row_entropy(s, c, b, x, full):
     """Entropy in nats of a row whose largest logit is x: log(1 + u) + sum_j e^d_j (-d_j) / (1 + u), d_j = x_j - x.
 
     The other logits sum to s * e^c, and b is the sum of exp(x_j - c) * (x_j - c) over them. No term is negative.
     """
-    u = others_to_target(s, c, x)
-    entropy = target_loss(u, s, c, x) - fma(s, c - x, b) * exp_64(c - x) / (1.0 + u)
+    u = others_to_target(s, c, x, full)
+    entropy = target_loss(u, s, c, x, full) - fma(s, c - x, b) * exp_64(c - x) / (1.0 + u)
     return select(s == 0.0, 0.0, entropy)
 
 

@@ -106,14 +106,17 @@ def take_targets(classes, targets, columns, x):
 def sum_pairs(columns, targets, x, s, c):
     """take_targets and sum_columns for two classes: the sum is one term."""
     out_of_line()
-    group, zero = np.uint64(targets.size), columns.dtype.type(0)
+    group, zero, low_x = np.uint64(targets.size), columns.dtype.type(0), columns.dtype.type(-np.inf)
+    first, second = columns[: targets.size], columns[targets.size : 2 * targets.size]
     for i in range(group):
-        a, b, second = columns[i], columns[group + i], targets[i] == 1
-        other = select(targets[i] == NOT_COUNTED, columns.dtype.type(-np.inf), select(second, a, b))
-        x[i] = select(targets[i] == BAD, np.nan, np.float64(select(second, b, a)))
-        x[i] = select(targets[i] == NOT_COUNTED, 0.0, x[i])
-        m, low, shift, c[i] = frame(other)
-        s[i] = term(other - shift, low, m, zero)[0]
+        y, a, b = targets[i], first[i], second[i]
+        x[i] = select(y == BAD, np.nan, select(y == NOT_COUNTED, 0.0, np.float64(select(y == 1, b, a))))
+        first[i] = select(y == NOT_COUNTED, low_x, select(y == 1, a, b))
+    for i in range(group):  # float32 alone takes twice the lanes
+        m, low, shift, _ = frame(first[i])
+        second[i] = term(first[i] - shift, low, m, zero)[0]
+    for i in range(group):
+        s[i], c[i] = second[i], frame(first[i])[3]
 
 
 @njit

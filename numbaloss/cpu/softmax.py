@@ -56,10 +56,11 @@ SPLIT = 64  # with fewer rows than this, the chunks of a row go to different thr
 def finish(s, c, x, u, loss):
     """The losses of up to GROUP rows: one loop for the exponential and one for the logarithm are faster than one."""
     out_of_line()
+    full = loss.itemsize == 8
     for i in range(np.uint64(loss.size)):
-        u[i] = others_to_target(s[i], c[i], x[i])
+        u[i] = others_to_target(s[i], c[i], x[i], full)
     for i in range(np.uint64(loss.size)):
-        loss[i] = target_loss(u[i], s[i], c[i], x[i])
+        loss[i] = target_loss(u[i], s[i], c[i], x[i], full)
 
 
 @njit
@@ -110,7 +111,8 @@ def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
                         s, c = merge(s, c, parts[k, 0], parts[k, 1])
                     x = span(like, row_address(rows, r) + y * stride, 1)[0]
                     x = np.float64(widen(x))
-                    loss[r] = target_loss(others_to_target(s, c, x), s, c, x)
+                    full = item_size(like) == 8
+                    loss[r] = target_loss(others_to_target(s, c, x, full), s, c, x, full)
                 else:
                     loss[r] = np.nan
                     bad[0] += 1
@@ -181,7 +183,7 @@ narrow_sparse_xent = Kernel(_narrow_sparse_xent)
 
 def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
     """What a row tells of its target; `rank` and `entropy` are arrays, or None. Returns as sparse_xent does."""
-    stride, classes = rows[4], rows[5]
+    stride, classes, full = rows[4], rows[5], item_size(like) == 8
     n = logprob.size
     bad = np.zeros(blocks, np.int64)
     for block in prange(blocks):
@@ -200,9 +202,9 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
                 s, c = row_sum(like, rows, address, y, lanes, spare)
                 target = widen(span(like, address + y * stride, 1)[0])
                 x = np.float64(target)
-                u = others_to_target(s, c, x)
-                loss = target_loss(u, s, c, x)
-                logprob[r], lse[r] = 0.0 - loss, target_lse(u, s, c, x, loss)
+                u = others_to_target(s, c, x, full)
+                loss = target_loss(u, s, c, x, full)
+                logprob[r], lse[r] = 0.0 - loss, target_lse(u, s, c, x, loss, full)
                 largest, argmax[r] = row_max(like, rows, address, spare)
                 if loss != loss:  # lse of a row that is all -inf or holds +inf or NaN
                     lse[r] = plain_lse(like, rows, address, lanes, spare)
@@ -212,7 +214,8 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
                     rank[r] = row_rank(like, rows, address, target, spare)
                 if entropy is not None:
                     s, c, b = row_moments(like, rows, address, argmax[r], lanes, spare)
-                    entropy[r] = row_entropy(s, c, b, np.float64(largest)) if -np.inf < lse[r] < np.inf else np.nan
+                    defined = -np.inf < lse[r] < np.inf
+                    entropy[r] = row_entropy(s, c, b, np.float64(largest), full) if defined else np.nan
     return bad.sum()
 
 
@@ -240,8 +243,9 @@ def leave_largest_out(like, rows, address, lanes, spare):
     largest, where = row_max(like, rows, address, spare)
     s, c = row_sum(like, rows, address, where, lanes, spare)
     x = np.float64(largest)
-    u = others_to_target(s, c, x)
-    return largest, u, target_loss(u, s, c, x)
+    full = item_size(like) == 8
+    u = others_to_target(s, c, x, full)
+    return largest, u, target_loss(u, s, c, x, full)
 
 
 @njit
