@@ -123,7 +123,7 @@ def sum_pairs(columns, targets, x, s, c):
 def sum_columns(classes, columns, frames, s, c, ahead, item):
     """(s[i], c[i]) as row_sum gives them, for a group of rows; overwrites the columns. `frames` is room for (4, group).
 
-    Meanwhile the next group is asked for: its logits lie at `ahead`, of `item` bytes each, if they are contiguous.
+    Meanwhile a later group is asked for: its logits lie at `ahead`, of `item` bytes each, if they are contiguous.
     One lane a class: the terms of class j of 16 rows at once, then the butterfly over the classes.
     """
     out_of_line()

@@ -154,9 +154,10 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
         for first in range(block * n // blocks, (block + 1) * n // blocks, group):
             size = min(group, (block + 1) * n // blocks - first)
             load_columns(like, rows, first, size, group, columns)
-            for k in range(0, group, 8):
-                prefetch(np.int64(labels.ctypes.data) + (first + group + k) * 8)
-                prefetch(np.int64(loss.ctypes.data) + (first + group + k) * loss.itemsize)
+            later = first + 2 * group  # the rows to ask for now: those of the next group would be late
+            for k in range(later, later + group, 8):
+                prefetch(np.int64(labels.ctypes.data) + k * 8)
+                prefetch(np.int64(loss.ctypes.data) + k * loss.itemsize)
             targets[:] = NOT_COUNTED
             for i in range(np.uint64(size)):
                 r = np.uint64(first) + i
@@ -165,7 +166,7 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
                     counts(r, labels, weights, ignore_index), y if 0 <= y < classes else BAD, NOT_COUNTED
                 )
                 wrong += targets[i] == BAD
-            ahead = row_address(rows, first + group)
+            ahead = row_address(rows, later)
             if classes == 2:
                 for k in range(0, group, 32 // item_size(like)):
                     prefetch(ahead + 2 * k * item_size(like))
@@ -308,7 +309,7 @@ def _narrow_normalize(blocks, like, rows, logarithm, out):
             terms[:] = columns
             largest_columns(classes, columns, largest, targets)
             take_targets(classes, targets, terms, x)
-            sum_columns(classes, terms, frames, s, c, row_address(rows, first + group), item_size(like))
+            sum_columns(classes, terms, frames, s, c, row_address(rows, first + 2 * group), item_size(like))
             finish(s, c, x, u, loss)
             fill_frames(largest, u, loss, frames)
             for j in range(classes):
