@@ -190,14 +190,14 @@ def exp2_sum(f):
 
 
 @scalar
-def exp2_32(f):
-    """2^f for |f| <= 0.5; relative error of the polynomial 3.0e-9."""
-    p = fma(f32(0.00015326461289077997), f, f32(0.0013390806270763278))
-    p = fma(p, f, f32(0.009618505835533142))
-    p = fma(p, f, f32(0.05550359934568405))
-    p = fma(p, f, f32(0.24022647738456726))
-    p = fma(p, f, f32(0.6931471824645996))
-    return fma(p, f, ONE)
+def exp2_32(f, scale):
+    """scale * 2^f for |f| <= 0.5 and a power of two; relative error of the polynomial 3.0e-9."""
+    p = fma(f32(0.00015326461289077997) * scale, f, f32(0.0013390806270763278) * scale)
+    p = fma(p, f, f32(0.009618505835533142) * scale)
+    p = fma(p, f, f32(0.05550359934568405) * scale)
+    p = fma(p, f, f32(0.24022647738456726) * scale)
+    p = fma(p, f, f32(0.6931471824645996) * scale)
+    return fma(p, f, scale)
 
 
 @scalar
@@ -217,12 +217,12 @@ def exp2_64(f):
 
 
 @scalar
-def split_32(x, m):
-    """(mantissa, exponent word) of exp(x): exp(x) = p * 2^n with t = m + n. Right to 0.6 ulp for |x| <= 2^20."""
+def split_32(x, m, scale):
+    """(scale * mantissa, exponent word) of exp(x): exp(x) = p * 2^n, t = m + n. Right to 0.6 ulp for |x| <= 2^20."""
     t = fma(x, LOG2E, m)
     n = t - m
     f = fma(x, LOG2E_LO, fma(x, LOG2E, -n))
-    return exp2_32(f), t
+    return exp2_32(f, scale), t
 
 
 @scalar
@@ -365,8 +365,8 @@ def merge_moments(s, c, b, s2, c2, b2):
 @scalar
 def exp_neg_32(a):
     """exp(-a) for a >= 0, subnormal results included; NaN for NaN."""
-    p, t = split_32(at_least(-a, f32(-105)), MAGIC + (BIAS + f32(24)))
-    return p * low_bits_exponent(t) * f32(2**-24)
+    p, t = split_32(at_least(-a, f32(-105)), MAGIC + (BIAS + f32(24)), f32(2**-24))
+    return p * low_bits_exponent(t)
 
 
 @scalar

@@ -15,6 +15,7 @@ from .._scalar import (
     LN2_LO,
     MAGIC,
     MAGIC_64,
+    ONE,
     ZERO,
     exp_64,
     exponent_32,
@@ -396,7 +397,7 @@ def split(x, m):
 def _split(x, m):
     if x == types.float64:
         return lambda x, m: split_64(x, m)
-    return lambda x, m: split_32(x, m)
+    return lambda x, m: split_32(x, m, ONE)
 
 
 def softmax_frame(largest, u, log1p_u):
