@@ -410,10 +410,24 @@ def weighted_loss(x, z, q, one, log1p_exp):
 
 
 @scalar
-def term_32(x, low, m, total):
-    """total + 2^(x * LOG2E - ref), and the exponent word t = MAGIC + 127 + n - ref, m being MAGIC + 127 - ref.
+def frame_32(ref, bias):
+    """(m, low) of terms 2^(x * LOG2E - ref): m + n holds n - ref + bias in its low bits, which is 0 for x = low."""
+    return MAGIC + (bias - ref), (ref - bias) * INV_LOG2E_32
 
-    `low` is the x whose t has the exponent field 0: what lies under it adds exactly 0. NaN stays NaN.
+
+@scalar
+def reference_32(largest):
+    """(ref, shift) for a row with this largest logit: its exponent and 0 or, beyond 2^20, 0 and the logit itself."""
+    n = exponent_32(largest)
+    near = abs(n) <= EXP_LIMIT
+    return select(near, n, ZERO), select(near, ZERO, largest)
+
+
+@scalar
+def term_32(x, low, m, total):
+    """total + 2^(x * LOG2E - ref), and the exponent word t = m + n; (m, low) from frame_32(ref, BIAS).
+
+    What lies under `low` adds exactly 0. NaN stays NaN.
     """
     v = at_least(x, low)
     t = fma(v, LOG2E, m)

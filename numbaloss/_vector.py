@@ -1,6 +1,6 @@
 """Sixteen floats as one value in compiled CPU code, so that a hot loop need not hope for LLVM's vectoriser.
 
-A function of scalars that is written with +, -, * and the intrinsics of _scalar takes vectors too, scalars among them
+A function of scalars that is written with +, - and the intrinsics of _scalar takes vectors too, scalars among them
 counting sixteen times, and rounds each lane as it would a scalar. LLVM splits a vector into the machine's registers.
 """
 
@@ -71,7 +71,6 @@ def _operator(op, emit):
 
 _operator(operator.add, lambda builder, a, b: builder.fadd(a, b))
 _operator(operator.sub, lambda builder, a, b: builder.fsub(a, b))
-_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b))
 
 
 @intrinsic

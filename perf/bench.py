@@ -28,7 +28,7 @@ except ImportError:
 RESULTS = Path(__file__).parent / "results"
 
 
-@njit(parallel=True, fastmath=True)
+@njit(parallel=True, fastmath=True)  # a sum in any order, or the adds and not the memory would set its pace
 def read(x):
     """Every word of x, once, by all threads."""
     blocks = 16

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from common import Exporter
 
 import numbaloss as nl
 from numbaloss import _backend
@@ -199,19 +200,6 @@ def test_cupy_without_the_cuda_backend(cupy):
 def test_numpy_while_cupy_is_imported(cupy):
     x, y = example()
     assert np.isfinite(nl.cross_entropy(x, y))
-
-
-class Exporter:
-    """An array of another library: speaks DLPack and nothing else."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def test_dlpack():

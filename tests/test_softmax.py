@@ -12,6 +12,7 @@ import reference
 from common import (
     BAR,
     DTYPES,
+    Exporter,
     assert_close,
     assert_losses,
     assert_same_bits,
@@ -190,19 +191,6 @@ def test_logits_of_the_wrong_kind(kind):
 def test_lists_of_logits_are_refused():
     with pytest.raises(TypeError, match="logits"):
         none([[1.0, 2.0]], [0])
-
-
-class Exporter:
-    """An array that speaks DLPack and nothing else."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __dlpack__(self, **options):
-        return self.x.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.x.__dlpack_device__()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

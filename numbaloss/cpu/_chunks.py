@@ -17,9 +17,7 @@ from .._scalar import (
     EXP_LIMIT,
     HEADROOM,
     INV_LOG2E,
-    INV_LOG2E_32,
     LANES,
-    MAGIC,
     MAGIC_64,
     ZERO,
     at_least,
@@ -29,6 +27,7 @@ from .._scalar import (
     f32,
     float_bits,
     fma,
+    frame_32,
     merge,
     merge_moments,
     ordered_bits,
@@ -159,8 +158,7 @@ def chunk_terms(like, address, stride, size, skip, ref, lanes, spare):
     up again if it was the skipped one's.
     """
     out_of_line()
-    m = MAGIC + (BIAS - ref)
-    low = (ref - BIAS) * INV_LOG2E_32
+    m, low = frame_32(ref, BIAS)
     top = np.int32(0)
     tops = splat(ZERO)
     for begin in range(0, size, LANES):
@@ -240,7 +238,7 @@ def shifted_frame(zero):
 def _shifted_frame(zero):
     if zero == types.float64:
         return lambda zero: (MAGIC_64 + BIAS_64, LOW_64)
-    return lambda zero: (MAGIC + BIAS, -BIAS * INV_LOG2E_32)
+    return lambda zero: frame_32(ZERO, BIAS)
 
 
 def chunk_sum(like, address, stride, size, skip, guess, lanes, spare):

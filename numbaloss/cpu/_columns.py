@@ -7,15 +7,13 @@ from numba.extending import overload
 from .._scalar import (
     BIAS,
     BIAS_64,
-    EXP_LIMIT,
     INF,
     INV_LOG2E,
-    INV_LOG2E_32,
-    MAGIC,
     MAGIC_64,
     ZERO,
     at_least,
-    exponent_32,
+    frame_32,
+    reference_32,
     select,
 )
 from .._vector import WIDTH
@@ -165,18 +163,16 @@ def frame(high):
 def _frame(high):
     if high == types.float64:
 
-        def frame_64(high):
+        def row_frame_64(high):
             shift = select(high > -np.inf, high, 0.0)
             return MAGIC_64 + BIAS_64, LOW_64, shift, high
 
-        return frame_64
+        return row_frame_64
 
-    def frame_32(high):
-        n = exponent_32(high)
-        near = abs(n) <= EXP_LIMIT
-        ref = select(near, n, ZERO)
-        shift = select(near, ZERO, select(high > -INF, high, ZERO))
-        c = select(near, np.float64(n) * INV_LOG2E, np.float64(high))
-        return MAGIC + (BIAS - ref), (ref - BIAS) * INV_LOG2E_32, shift, c
+    def row_frame_32(high):
+        ref, shift = reference_32(high)
+        m, low = frame_32(ref, BIAS)
+        c = select(shift == ZERO, np.float64(ref) * INV_LOG2E, np.float64(high))
+        return m, low, select(high > -INF, shift, ZERO), c
 
-    return frame_32
+    return row_frame_32

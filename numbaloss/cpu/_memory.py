@@ -71,10 +71,9 @@ def _widen(x):
     return lambda x: x
 
 
-def _kind(like):
-    """(numba, LLVM) types of the logits that `like` stands for, and the Vector they are widened to."""
-    item = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}.get(like, ir.IntType(16))
-    return item, Vector(types.float64 if like == types.float64 else types.float32)
+def _wide(like):
+    """The vector type that such logits are widened to."""
+    return Vector(types.float64 if like == types.float64 else types.float32)
 
 
 def _widen_vector(context, builder, like, x):
@@ -89,7 +88,7 @@ def _widen_vector(context, builder, like, x):
 
 def _load(context, builder, like, address, size=None):
     """The vector of WIDTH logits at `address`; with a size, those from there on are -inf and not touched."""
-    item, _ = _kind(like)
+    item = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}.get(like, ir.IntType(16))
     kind = ir.VectorType(item, WIDTH)
     align = like.bitwidth // 8
     pointer = builder.inttoptr(address, kind.as_pointer())
@@ -114,7 +113,7 @@ def load(typingctx, like, address):
     def codegen(context, builder, sig, args):
         return _load(context, builder, like, args[1])
 
-    return _kind(like)[1](like, types.int64), codegen
+    return _wide(like)(like, types.int64), codegen
 
 
 @intrinsic
@@ -124,7 +123,7 @@ def load_part(typingctx, like, address, size):
     def codegen(context, builder, sig, args):
         return _load(context, builder, like, args[1], args[2])
 
-    return _kind(like)[1](like, types.int64, types.int64), codegen
+    return _wide(like)(like, types.int64, types.int64), codegen
 
 
 @intrinsic

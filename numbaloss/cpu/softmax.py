@@ -8,22 +8,19 @@ from .._scalar import (
     BIAS,
     BIAS_64,
     CHUNK,
-    EXP_LIMIT,
-    INV_LOG2E_32,
     LANES,
     LN2_HI,
     LN2_LO,
-    MAGIC,
     MAGIC_64,
     ONE,
-    ZERO,
     exp_64,
-    exponent_32,
     f32,
     fma,
+    frame_32,
     low_bits_exponent,
     merge,
     others_to_target,
+    reference_32,
     row_entropy,
     select,
     split_32,
@@ -198,8 +195,8 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
                 bad[block] += 1
                 looked_at, value = False, np.nan
             logprob[r], lse[r], argmax[r] = value, value, -1
-            store(rank, r, -1)
-            store(entropy, r, value)
+            write(rank, r, -1)
+            write(entropy, r, value)
             if looked_at:
                 s, c = row_sum(like, rows, address, y, lanes, spare)
                 target = widen(span(like, address + y * stride, 1)[0])
@@ -221,12 +218,12 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
     return bad.sum()
 
 
-def store(array, r, value):
+def write(array, r, value):
     """array[r] = value, where there is an array."""
 
 
-@overload(store)
-def _store(array, r, value):
+@overload(write)
+def _write(array, r, value):
     if array == types.none:
         return lambda array, r, value: None
 
@@ -413,23 +410,21 @@ def softmax_frame(largest, u, log1p_u):
 def _softmax_frame(largest, u, log1p_u):
     if largest == types.float64:
 
-        def frame_64(largest, u, log1p_u):
+        def softmax_frame_64(largest, u, log1p_u):
             top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
             return MAGIC_64 + BIAS_64, LOW_64, largest, top, top
 
-        return frame_64
+        return softmax_frame_64
 
-    def frame_32(largest, u, log1p_u):
-        n = exponent_32(largest)
-        near = abs(n) <= EXP_LIMIT
-        ref, shift = select(near, n, ZERO), select(near, ZERO, largest)
+    def softmax_frame_32(largest, u, log1p_u):
+        ref, shift = reference_32(largest)
+        m, low = frame_32(ref, BIAS + f32(24))
         rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift - largest)))
-        extra = BIAS + f32(24)
         top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
         scale = f32(exp_64(rest) * top * 2.0**-24)
-        return MAGIC + (extra - ref), (ref - extra) * INV_LOG2E_32, shift, scale, f32(top)
+        return m, low, shift, scale, f32(top)
 
-    return frame_32
+    return softmax_frame_32
 
 
 def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weights, loss):

@@ -19,7 +19,8 @@ from numpy.lib import format as npy
 
 _HEADER = 10_000  # bytes; NumPy's own limit
 _PIECE = 1 << 22  # bytes asked for at once
-_READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+# zipfile raises RuntimeError for an encrypted member, and its NotImplementedError for a method it does not know
+_READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError)
 _WIDEN = "np.save({path!r}, np.load({path!r}).view(ml_dtypes.bfloat16).astype(np.float32))"
 
 
