@@ -13,6 +13,11 @@ def is_cupy(x):
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
+def array_module(x):
+    """NumPy, or CuPy for a CuPy array."""
+    return sys.modules["cupy"] if is_cupy(x) else np
+
+
 def kernels(family, **arrays):
     """The module of kernels for these arguments: numbaloss.cpu.<family>, or its twin for CuPy arrays.
 

@@ -7,9 +7,9 @@ other (foreign byte order, unaligned, more than two independent row strides) is 
 
 import numpy as np
 
-from ._backend import is_cupy
+from ._backend import array_module, is_cupy
 
-PIECE = 1 << 22  # bytes of logits copied at a time, where the array cannot be read in place
+PIECE = {"numpy": 1 << 22, "cupy": 1 << 26}  # bytes of logits copied at a time, where they cannot be read in place
 
 _KINDS = {  # dtype name -> a zero of the dtype that the kernels know it by
     "float16": np.int16(0),
@@ -18,12 +18,14 @@ _KINDS = {  # dtype name -> a zero of the dtype that the kernels know it by
     "float64": np.float64(0),
 }
 NO_LABEL = -(2**63)  # the ignore_index that ignores nothing
+NOTHING, FACTORS, FACTORS_OR_NONE, NONZERO_OR_NONE = range(4)  # what a sum of factor * value is divided by
 _BY_DTYPE = {}
 _INT64_MAX = np.iinfo(np.int64).max
+_DLPACK_CUDA = 2
 
 
 def array(x, name):
-    """x as an array: NumPy and CuPy arrays as they are, others by DLPack."""
+    """x as an array: NumPy and CuPy arrays as they are, others by DLPack, without a copy."""
     if type(x) is np.ndarray or is_cupy(x):
         return x
     if isinstance(x, np.ndarray):
@@ -32,10 +34,22 @@ def array(x, name):
         return x.view(np.ndarray)
     if hasattr(x, "__dlpack__"):
         try:
+            if x.__dlpack_device__()[0] == _DLPACK_CUDA:
+                return _cupy(name).from_dlpack(x)
             return np.from_dlpack(x)
         except (BufferError, RuntimeError, TypeError) as error:
             raise TypeError(f"{name}: cannot be read through DLPack ({error}); pass a NumPy or CuPy array") from None
     raise TypeError(f"{name}: expected a NumPy or CuPy array, got {type(x).__name__}")
+
+
+def _cupy(name):
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            f'{name}: an array on a GPU needs CuPy ({error}); install "numbaloss[cuda12]" or "numbaloss[cuda13]"'
+        ) from None
+    return cupy
 
 
 def carrier(dtype):
@@ -54,13 +68,15 @@ def logits(x, name="logits"):
     return x
 
 
-def number_array(x, name):
-    """x, which may be a number or nested lists, as an array of real numbers."""
+def number_array(x, name, logits):
+    """x as an array of real numbers; numbers and nested lists become an array of the kind that logits is."""
     if hasattr(x, "__dlpack__") or is_cupy(x):
         x = array(x, name)
     else:
         x = np.asarray(x)
         x = x.astype(np.int64) if x.size == 0 else x  # an empty list has no dtype
+        if x.dtype.kind in "biuf":
+            x = array_module(logits).asarray(x)
     if x.dtype.kind not in "biuf" and carrier(x.dtype) is None:
         raise TypeError(f"{name}: expected real numbers, got dtype {x.dtype}")
     return x
@@ -86,7 +102,7 @@ def class_axis_last(x, axis, name="logits"):
     index = axis_index(axis, x.ndim)
     if x.shape[index] == 0:
         raise ValueError(f"{name}: expected at least one class, got shape {x.shape} with class axis {index}")
-    return x if index == x.ndim - 1 else np.moveaxis(x, index, -1)
+    return x if index == x.ndim - 1 else array_module(x).moveaxis(x, index, -1)
 
 
 def same_shape(x, name, shape, other):
@@ -95,36 +111,47 @@ def same_shape(x, name, shape, other):
         raise ValueError(f"{name}: expected shape {tuple(shape)} to match {other}, got {x.shape}")
 
 
-def labels(x, shape, name="labels", logits_shape=None):
-    """Integer labels as int64, one after the other in memory, and as they were given (for messages)."""
-    given = number_array(x, name)
+def labels(x, shape, name, logits):
+    """Integer labels, and as they were given (for messages). NumPy's as int64, one after the other in memory; the CUDA
+    kernels read any integers where they lie."""
+    given = number_array(x, name, logits)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {given.dtype}")
     if given.shape != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)} to match logits {logits_shape}, got {given.shape}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)} to match logits {logits.shape}, got {given.shape}")
+    if is_cupy(given):
+        return given, given
     if given.dtype == np.uint64:
         return np.minimum(given, np.uint64(_INT64_MAX)).astype(np.int64).ravel(), given
     return np.ascontiguousarray(given, np.int64).reshape(-1), given
 
 
-def weights(x, shape, name="weights"):
-    """Weights as float64, one after the other in memory; None stays None. One number counts for all."""
+def weights(x, shape, logits, name="weights"):
+    """Weights, one number counting for all; None stays None. NumPy's as float64, one after the other in memory; the
+    CUDA kernels read any real numbers where they lie."""
     if x is None:
         return None
-    x = number_array(x, name)
+    x = number_array(x, name, logits)
     if x.ndim == 0:
-        x = np.broadcast_to(x, shape)
+        x = array_module(x).broadcast_to(x, shape)
     same_shape(x, name, shape, "targets")
-    return np.ascontiguousarray(x, np.float64).reshape(-1)
+    return x if is_cupy(x) else np.ascontiguousarray(x, np.float64).reshape(-1)
 
 
-def class_weights(x, classes, dtype):
+def class_weights(x, classes, dtype, logits):
     """Class weights as an array (classes,) of this dtype; None stays None."""
     if x is None:
         return None
-    x = number_array(x, "class_weights")
+    x = number_array(x, "class_weights", logits)
     same_shape(x, "class_weights", (classes,), "the classes of logits")
-    return np.ascontiguousarray(x, dtype)
+    return array_module(x).ascontiguousarray(x, dtype)
+
+
+def part(x, begin, end):
+    """Entries [begin, end) of labels or weights; None stays None."""
+    if x is None or (begin == 0 and end == x.size):
+        return x
+    return x.reshape(-1)[begin:end]
 
 
 def choice(x, name, allowed):
@@ -134,15 +161,25 @@ def choice(x, name, allowed):
     return x
 
 
-def raise_bad_label(given, classes, counted, name="labels"):
-    """Raise for the first label that counts and is out of range."""
+def raise_bad_label(given, classes, weights, ignore_index, name):
+    """Raise for the first label that counts and is out of range, if there is one. Waits for a device."""
+    given, weights = on_host(given), on_host(weights)
     flat = given.reshape(-1)
     bad = (flat < 0) | (flat >= classes)
-    if counted is not None:
-        bad &= counted
+    if ignore_index != NO_LABEL:
+        bad &= flat != ignore_index
+    if weights is not None:
+        bad &= weights.reshape(-1) != 0
+    if not bad.any():
+        return
     first = int(np.argmax(bad))
     where = tuple(int(i) for i in np.unravel_index(first, given.shape)) if given.ndim else ()
     raise ValueError(f"{name}: expected values in [0, {classes}), got {flat[first]} at position {where}")
+
+
+def on_host(x):
+    """x as a NumPy array, once a device has finished it; None stays None."""
+    return x.get() if is_cupy(x) else x
 
 
 def integer(x, name):
@@ -172,12 +209,13 @@ def pieces(*arrays):
 
 
 def _copied_pieces(arrays, n):
+    xp = array_module(arrays[0])
     dtypes = [x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(arrays[0]) for x in arrays]
-    step = max(1, PIECE // (arrays[0].shape[-1] * arrays[0].itemsize))
+    step = max(1, PIECE[xp.__name__] // (arrays[0].shape[-1] * arrays[0].itemsize))
     for begin in range(0, n, step):
         end = min(begin + step, n)
-        index = np.unravel_index(np.arange(begin, end), arrays[0].shape[:-1]) if arrays[0].ndim > 1 else (None,)
-        blocks = [np.ascontiguousarray(x[index], dtype) for x, dtype in zip(arrays, dtypes)]
+        index = xp.unravel_index(xp.arange(begin, end), arrays[0].shape[:-1]) if arrays[0].ndim > 1 else (None,)
+        blocks = [xp.ascontiguousarray(x[index], dtype) for x, dtype in zip(arrays, dtypes)]
         yield begin, end, [(carrier(x.dtype), _layout(x), x) for x in blocks]
 
 
@@ -194,25 +232,38 @@ def element_rows(*arrays):
 def _layout(x):
     """The `rows` tuple of x, or None if the kernels cannot read x where it lies."""
     item = x.itemsize
-    if not (carrier(x.dtype) is not None and x.flags.aligned and x.dtype.isnative):
+    if carrier(x.dtype) is None or not x.dtype.isnative:
         return None
     shape, strides = x.shape, x.strides
-    address = x.__array_interface__["data"][0]
+    address = address_of(x)
+    if address % item:
+        return None
     if x.flags.c_contiguous:
         row = shape[-1] * item
         return address, max(1, x.size // shape[-1]), 0, row, item, shape[-1]
+    steps = row_steps(shape[:-1], strides[:-1])
+    if steps is None or any(step % item for step in (*steps, strides[-1])[1:]):
+        return None
+    inner, inner_stride, outer_stride = steps
+    return address, inner, outer_stride, inner_stride, strides[-1], shape[-1]
+
+
+def address_of(x):
+    """Where an array's first item lies in memory, the host's or the device's."""
+    return x.data.ptr if is_cupy(x) else x.__array_interface__["data"][0]
+
+
+def row_steps(shape, strides):
+    """(inner, inner stride, outer stride): item r of these axes lies (r // inner) outer strides and r % inner inner
+    strides from the first; None if that takes more than two strides."""
     merged = []
-    for size, stride in zip(shape[:-1], strides[:-1]):
-        if stride % item:
-            return None
+    for size, stride in zip(shape, strides):
         if size == 1:
             continue
         if merged and merged[-1][1] == size * stride:
             merged[-1] = (merged[-1][0] * size, stride)
         else:
             merged.append((size, stride))
-    if strides[-1] % item or len(merged) > 2:
+    if len(merged) > 2:
         return None
-    inner, inner_stride = merged[-1] if merged else (1, 0)
-    outer_stride = merged[0][1] if len(merged) == 2 else 0
-    return address, inner, outer_stride, inner_stride, strides[-1], shape[-1]
+    return *(merged[-1] if merged else (1, 0)), merged[0][1] if len(merged) == 2 else 0

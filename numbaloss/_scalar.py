@@ -12,7 +12,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ._vector import WIDTH, Vector, lift, spread, vector_of
+from ._vector import Vector, lift, spread, vector_of
 
 CHUNK = 8192  # classes summed before the sum goes to float64
 LANES = 1024  # class j of a chunk belongs to lane j mod LANES
@@ -56,7 +56,7 @@ def fma(typingctx, a, b, c):
         kind = args[0].type
         if not isinstance(result, Vector):
             return builder.fma(*args)
-        name = f"llvm.fma.v{WIDTH}{kind.element.intrinsic_name}"
+        name = f"llvm.fma.v{kind.count}{kind.element.intrinsic_name}"
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, args)
 
@@ -80,9 +80,34 @@ def at_least(typingctx, x, low):
 
     def codegen(context, builder, sig, args):
         x, low = lift(builder, result, args)
+        if on_cuda(builder) and getattr(result, "dtype", result) == types.float32:
+            return each(builder, x, low, _max_nan)
         return builder.select(builder.fcmp_ordered("<", x, low), low, x)
 
     return result(x, low), codegen
+
+
+def on_cuda(builder):
+    """Whether this code is for a GPU."""
+    return "nvptx" in builder.module.triple
+
+
+def each(builder, a, b, combine):
+    """combine(builder, x, y) of two scalars, or lane by lane of two vectors."""
+    if not isinstance(a.type, ir.VectorType):
+        return combine(builder, a, b)
+    result = ir.Constant(a.type, ir.Undefined)
+    for i in range(a.type.count):
+        k = ir.Constant(_I32, i)
+        lane = combine(builder, builder.extract_element(a, k), builder.extract_element(b, k))
+        result = builder.insert_element(result, lane, k)
+    return result
+
+
+def _max_nan(builder, x, low):
+    """One instruction where a comparison and a selection are two."""
+    kind = ir.FunctionType(_F32, [_F32, _F32])
+    return builder.call(ir.InlineAsm(kind, "max.NaN.f32 $0, $1, $2;", "=f,f,f"), [x, low])
 
 
 @intrinsic
@@ -127,10 +152,10 @@ def low_bits_exponent(typingctx, t):
         return None
 
     def codegen(context, builder, sig, args):
-        integer, shift = (_I32, 23) if vector_of(t) in (types.float32, Vector(types.float32)) else (_I64, 52)
+        integer, shift = (_I32, 23) if getattr(t, "dtype", t) == types.float32 else (_I64, 52)
         shift = ir.Constant(integer, shift)
         if isinstance(t, Vector):
-            integer, shift = ir.VectorType(integer, WIDTH), spread(builder, shift)
+            integer, shift = ir.VectorType(integer, t.width), spread(builder, shift, t.width)
         return builder.bitcast(builder.shl(builder.bitcast(args[0], integer), shift), args[0].type)
 
     return t(t), codegen

@@ -1,7 +1,8 @@
-"""Sixteen floats as one value in compiled CPU code, so that a hot loop need not hope for LLVM's vectoriser.
+"""Sixteen floats as one value of compiled code, so that a hot loop need not hope for LLVM's vectoriser.
 
-A function of scalars that is written with +, - and the intrinsics of _scalar takes vectors too, scalars among them
-counting sixteen times, and rounds each lane as it would a scalar. LLVM splits a vector into the machine's registers.
+A function of scalars that is written with +, -, * and the intrinsics of _scalar takes vectors too, scalars among them
+counting sixteen times, and rounds each lane as it would a scalar. LLVM splits a vector into the machine's registers;
+on CUDA, into those of the thread.
 """
 
 import operator
@@ -14,18 +15,22 @@ WIDTH = 16
 
 
 class Vector(types.Type):
-    """WIDTH items of float32 or float64."""
+    """WIDTH items (fewer only where CUDA's threads fold their lanes) of float32 or float64."""
 
-    def __init__(self, dtype):
-        self.dtype = dtype
-        super().__init__(f"Vector({dtype})")
+    def __init__(self, dtype, width=WIDTH):
+        self.dtype, self.width = dtype, width
+        super().__init__(f"Vector({dtype}, {width})")
+
+
+def vector_ir(kind):
+    """The LLVM type of a Vector."""
+    return ir.VectorType(ir.FloatType() if kind.dtype == types.float32 else ir.DoubleType(), kind.width)
 
 
 @register_model(Vector)
 class VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        item = ir.FloatType() if kind.dtype == types.float32 else ir.DoubleType()
-        super().__init__(manager, kind, ir.VectorType(item, WIDTH))
+        super().__init__(manager, kind, vector_ir(kind))
 
 
 def vector_of(*operands):
@@ -34,22 +39,22 @@ def vector_of(*operands):
     if len(dtypes) != 1 or not dtypes <= {types.float32, types.float64}:
         return None
     (dtype,) = dtypes
-    return Vector(dtype) if any(isinstance(x, Vector) for x in operands) else dtype
+    return next((x for x in operands if isinstance(x, Vector)), dtype)
 
 
-def spread(builder, value):
+def spread(builder, value, width=WIDTH):
     """A vector whose lanes all hold this scalar; vectors stay as they are."""
     if isinstance(value.type, ir.VectorType):
         return value
-    kind = ir.VectorType(value.type, WIDTH)
+    kind = ir.VectorType(value.type, width)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
 
 
 def lift(builder, result, values):
     """The operands of an operation with a result of this type."""
-    return [spread(builder, v) for v in values] if isinstance(result, Vector) else list(values)
+    return [spread(builder, v, result.width) for v in values] if isinstance(result, Vector) else list(values)
 
 
 @intrinsic
@@ -71,11 +76,13 @@ def _operator(op, emit):
 
 _operator(operator.add, lambda builder, a, b: builder.fadd(a, b))
 _operator(operator.sub, lambda builder, a, b: builder.fsub(a, b))
+_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b))
 
 
 @intrinsic
 def _negative(typingctx, a):
-    return a(a), lambda context, builder, sig, args: builder.fneg(args[0])
+    zeros = ir.Constant(vector_ir(a), [-0.0] * a.width)  # the LLVM of CUDA's older targets has no fneg
+    return a(a), lambda context, builder, sig, args: builder.fsub(zeros, args[0])
 
 
 @overload(operator.neg)

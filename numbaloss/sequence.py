@@ -1,10 +1,8 @@
 """tf.contrib.seq2seq's sequence loss."""
 
-import numpy as np
-
 from . import _check
-from ._backend import kernels
-from .softmax import _dense, _sparse, scaled
+from ._backend import array_module, kernels
+from .softmax import _dense, _sparse
 
 
 def sequence_loss(
@@ -64,31 +62,27 @@ def sequence_loss(
     logits = _check.logits(logits)
     if logits.ndim != 3:
         raise ValueError(f"logits: expected shape [batch, time, classes], got {logits.shape}")
-    targets = _check.number_array(targets, "targets")
+    targets = _check.number_array(targets, "targets", logits)
     family = kernels("totals", logits=logits, targets=targets, weights=weights)
-    shape = logits.shape[:2]
-    weights = _check.number_array(weights, "weights")
+    batch, time = shape = logits.shape[:2]
+    weights = _check.number_array(weights, "weights", logits)
     _check.same_shape(weights, "weights", shape, f"logits {logits.shape}")
-    scale = _check.weights(weights, shape)
-    loss = _losses(logits, targets, scale, softmax_loss_function)
+    weights = _check.weights(weights, shape, logits)
+    loss = _losses(logits, targets, weights, softmax_loss_function)
+    flat = loss.reshape(-1)
     if not (at or ab or st or sb):
-        return scaled(loss, scale)
-    scale = scale.reshape(shape)
-    divisor = scale if at or ab else (scale != 0).astype(np.float64)
-    whole = (at and ab) or (st and sb)
-    if not whole and (ab or sb):
-        loss, scale, divisor = loss.T, scale.T, divisor.T
-    if whole:
-        loss, scale, divisor = (x.reshape(1, -1) for x in (loss, scale, divisor))
-    tops, bottoms = np.empty(len(loss)), np.empty(len(loss))
-    family.row_totals(loss.size, len(loss), np.ascontiguousarray(loss), np.ascontiguousarray(scale), tops)
-    family.row_totals(loss.size, len(loss), np.ascontiguousarray(divisor), np.ones(divisor.shape), bottoms)
-    with np.errstate(all="ignore"):
-        result = np.where(bottoms == 0, 0.0, tops / bottoms).astype(loss.dtype)
-    return result[0] if whole else result
+        family.scale(flat.size, flat.size, flat, None, weights, None, _check.NO_LABEL)
+        return loss
+    divisor = _check.FACTORS_OR_NONE if at or ab else _check.NONZERO_OR_NONE
+    if (at and ab) or (st and sb):
+        return family.total(flat, None, weights, None, _check.NO_LABEL, divisor)
+    rows, items, row_step, step = (batch, time, time, 1) if at or st else (time, batch, 1, time)
+    result = array_module(loss).empty(rows, loss.dtype)
+    family.row_totals(flat.size, rows, flat, weights, items, row_step, step, divisor, result)
+    return result
 
 
-def _losses(logits, targets, scale, function):
+def _losses(logits, targets, weights, function):
     """The cross entropy of every step, [batch, time]."""
     shape = logits.shape[:2]
     if targets.ndim == 3:
@@ -97,10 +91,14 @@ def _losses(logits, targets, scale, function):
         _check.same_shape(targets, "targets", shape, f"logits {logits.shape}")
     if function is not None:
         flat = logits.reshape(-1, logits.shape[2])
-        loss = np.asarray(function(labels=targets.reshape(-1, *targets.shape[2:]), logits=flat))
+        loss = function(labels=targets.reshape(-1, *targets.shape[2:]), logits=flat)
+        loss = _check.number_array(loss, "softmax_loss_function's result", logits)
+        kernels("totals", logits=logits, loss=loss)
         _check.same_shape(loss, "softmax_loss_function's result", (len(flat),), "its logits")
-        return loss.reshape(shape).astype(_check.result_dtype(logits), copy=False)
+        return (
+            array_module(logits).array(loss, _check.result_dtype(logits)).reshape(shape)
+        )  # a copy: scale writes to it
     family = kernels("softmax", logits=logits)
     if targets.ndim == 3:
-        return np.asarray(_dense(family, logits, targets, -1, scale, None, "targets"))
-    return _sparse(family, logits, targets, -1, scale, None, "auto", "targets")[0]
+        return _dense(family, logits, targets, -1, weights, None, "targets")
+    return _sparse(family, logits, targets, -1, weights, None, "auto", "targets")[0]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from . import _check
-from ._backend import kernels
+from ._backend import array_module, kernels
 
 
 def sigmoid_cross_entropy_with_logits(labels=None, logits=None, name=None):
@@ -63,24 +63,24 @@ def _binary(labels, logits, pos_weight):
         if x is None:
             raise ValueError(f"{name}: expected an array, got None")
     logits = _check.logits(logits)
-    labels = _check.number_array(labels, "labels")
+    labels, xp = _check.number_array(labels, "labels", logits), array_module(logits)
     _check.same_shape(labels, "labels", logits.shape, "logits")
     operands = [logits, labels]
     if pos_weight is not None:
-        pos_weight = _check.number_array(pos_weight, "pos_weight")
+        pos_weight = _check.number_array(pos_weight, "pos_weight", None if np.size(pos_weight) == 1 else logits)
         try:
-            operands.append(np.broadcast_to(pos_weight, logits.shape))
+            operands.append(array_module(pos_weight).broadcast_to(pos_weight, logits.shape))
         except ValueError:
             raise ValueError(
                 f"pos_weight: expected a shape that broadcasts to logits {logits.shape}, got {pos_weight.shape}"
             ) from None
-    family = kernels("sigmoid", logits=logits, labels=labels, pos_weight=pos_weight)
-    one_weight = pos_weight is not None and pos_weight.size == 1
+    one_weight = type(pos_weight) is np.ndarray and pos_weight.size == 1
     if one_weight:
         operands.pop()
+    family = kernels("sigmoid", logits=logits, labels=labels, **({} if one_weight else {"pos_weight": pos_weight}))
     shaped = [x.reshape(1) for x in operands] if logits.ndim == 0 else operands
     views, order = _check.element_rows(*shaped)
-    loss = np.empty(views[0].shape, _check.result_dtype(logits))
+    loss = xp.empty(views[0].shape, _check.result_dtype(logits))
     flat = loss.reshape(-1, loss.shape[-1]) if loss.size else loss
     for begin, end, parts in _check.pieces(*views):
         (like, rows, _), (like_labels, label_rows, _) = parts[:2]

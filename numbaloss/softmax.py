@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check
-from ._backend import kernels
+from ._backend import array_module, is_cupy, kernels
 
 _DEFAULT = object()
 
@@ -39,28 +39,28 @@ def softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None, dim=No
             raise ValueError(f"dim: expected None when axis is given, got dim={dim!r} and axis={axis!r}")
         axis = dim
     logits = _check.logits(logits)
-    labels = _check.number_array(labels, "labels")
+    labels = _check.number_array(labels, "labels", logits)
     family = kernels("softmax", logits=logits, labels=labels)
-    return _dense(family, logits, labels, axis, None, None, "labels")
+    return _dense(family, logits, labels, axis, None, None, "labels")[()]
 
 
 def _dense(family, logits, labels, axis, weights, class_weights, name):
     """The loss of every row for class probabilities; `weights` only tells which rows are not looked at."""
-    x = _check.class_axis_last(logits, axis)
+    x, xp = _check.class_axis_last(logits, axis), array_module(logits)
     try:
-        labels = np.broadcast_to(labels, logits.shape)
+        labels = xp.broadcast_to(labels, logits.shape)
     except ValueError:
         raise ValueError(
             f"{name}: expected a shape that broadcasts to logits {logits.shape}, got {labels.shape}"
         ) from None
     z = _check.class_axis_last(labels, axis, name)
-    loss = np.empty(x.shape[:-1], _check.result_dtype(x))
+    loss = xp.empty(x.shape[:-1], _check.result_dtype(x))
     flat = loss.reshape(-1)
     for begin, end, ((like, rows, _), (like_labels, label_rows, _)) in _check.pieces(x, z):
-        part = None if weights is None else weights[begin:end]
+        part = _check.part(weights, begin, end)
         args = (like, rows, like_labels, label_rows, class_weights, part, flat[begin:end])
         family.dense_xent((end - begin) * x.shape[-1], end - begin, *args)
-    return loss[()]
+    return loss
 
 
 def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check_labels="auto"):
@@ -74,7 +74,8 @@ def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check
         labels: integers, (...). Values in [0, classes).
         logits: float16, bfloat16, float32 or float64, (..., classes). -inf allowed.
         name: ignored, for compatibility.
-        check_labels: "raise" raises for a label out of range, "nan" makes its loss NaN; "auto" raises on NumPy.
+        check_labels: "raise" raises for a label out of range, "nan" makes its loss NaN; "auto" raises on NumPy and
+            gives NaN on CuPy, where to raise is to wait for the device.
     Returns:
         (...) float32, or float64 for float64 logits; in nats. Error under 4 eps, 1 eps typically.
     Raises:
@@ -92,28 +93,26 @@ def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check
 
 
 def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, name):
-    """(loss of every row, labels as int64, one after the other)."""
+    """(loss of every row, labels as the kernels read them)."""
     x = _check.class_axis_last(logits, axis)
     _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
-    y, given = _check.labels(labels, x.shape[:-1], name, logits.shape)
-    loss = np.empty(x.shape[:-1], _check.result_dtype(x))
+    y, given = _check.labels(labels, x.shape[:-1], name, logits)
+    loss = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
     flat, classes = loss.reshape(-1), x.shape[-1]
     kernel = family.narrow_sparse_xent if classes <= family.NARROW else family.sparse_xent
     ignore = _check.NO_LABEL if ignore_index is None else ignore_index
     bad = 0
     for begin, end, [(like, rows, _)] in _check.pieces(x):
-        n = end - begin
-        part = None if weights is None else weights[begin:end]
-        bad += kernel(n * classes, n, like, rows, y[begin:end], part, ignore, flat[begin:end])
-    if bad and check_labels != "nan":
-        _check.raise_bad_label(given, classes, _counted(y, weights, ignore), name)
+        n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
+        bad += kernel(n * classes, n, like, rows, y_part, w_part, ignore, flat[begin:end])
+    if _must_raise(bad, given, check_labels):
+        _check.raise_bad_label(given, classes, weights, ignore, name)
     return loss, y
 
 
-def _counted(y, weights, ignore):
-    """Which rows are looked at."""
-    counted = (y != ignore) | (ignore == _check.NO_LABEL)
-    return counted if weights is None else counted & (weights != 0)
+def _must_raise(bad, given, check_labels):
+    """Whether labels out of range are to be looked for: `bad` were counted, none on a device."""
+    return check_labels == "raise" if is_cupy(given) else bad and check_labels != "nan"
 
 
 def cross_entropy(
@@ -143,7 +142,8 @@ def cross_entropy(
         axis: the class axis: -1, or 1 for torch's (N, C, d1, ...).
         reduction: "mean" divides the sum by sum(weights * class_weights[y]) over the rows that count (for
             probabilities by sum(weights)); "sum"; "none".
-        check_labels: "raise" raises for a target out of range, "nan" makes its loss NaN; "auto" raises on NumPy.
+        check_labels: "raise" raises for a target out of range, "nan" makes its loss NaN; "auto" raises on NumPy and
+            gives NaN on CuPy, where to raise is to wait for the device.
     Returns:
         A scalar, or logits' shape without `axis` for "none"; float32, or float64 for float64 logits; in nats. The
         mean of no rows is NaN.
@@ -156,54 +156,33 @@ def cross_entropy(
     np.float64(0.4076059644443803)
     """
     logits = _check.logits(logits)
-    targets = _check.number_array(targets, "targets")
+    targets = _check.number_array(targets, "targets", logits)
     _check.choice(reduction, "reduction", ("mean", "sum", "none"))
     family = kernels("softmax", logits=logits, targets=targets, weights=weights, class_weights=class_weights)
     rows_shape = _check.class_axis_last(logits, axis).shape[:-1]
-    scale = _check.weights(weights, rows_shape)
+    weights = _check.weights(weights, rows_shape, logits)
     classes = logits.shape[axis]
     if targets.dtype.kind in "iu":
         ignore = _check.integer(-100 if ignore_index is _DEFAULT else ignore_index, "ignore_index")
-        loss, y = _sparse(family, logits, targets, axis, scale, ignore, check_labels, "targets")
-        if class_weights is not None:
-            by_class = _check.class_weights(class_weights, classes, np.float64)
-            counted = _counted(y, scale, ignore) & (y >= 0) & (y < classes)
-            factor = np.where(counted, by_class[np.where(counted, y, 0)], 1.0)
-            scale = factor * (1.0 if scale is None else scale)
-        count = np.count_nonzero(y != ignore)
-        if count < y.size and scale is not None:
-            scale = np.where(y == ignore, 0.0, scale)
+        by_class = _check.class_weights(class_weights, classes, np.float64, logits)
+        loss, y = _sparse(family, logits, targets, axis, weights, ignore, check_labels, "targets")
+        factors = (y, weights, by_class, ignore)
     else:
         if targets.dtype.kind == "b":
             raise TypeError("targets: expected integers, or floats for class probabilities, got dtype bool")
         if ignore_index is not _DEFAULT:
             raise ValueError("ignore_index: expected none with targets that are class probabilities")
         _check.same_shape(targets, "targets", logits.shape, "logits")
-        by_class = _check.class_weights(class_weights, classes, _check.result_dtype(logits))
-        loss = np.asarray(_dense(family, logits, targets, axis, scale, by_class, "targets"))
-        count = loss.size
-    return _reduce(loss, scale, count, reduction)
-
-
-def _reduce(loss, scale, count, reduction):
-    """loss * scale, summed or averaged as asked; scale is flat float64, or None with `count` rows that count."""
-    dtype = loss.dtype.type
-    if reduction == "none":
-        return loss[()] if scale is None else scaled(loss, scale)[()]
-    total = kernels("totals", loss=loss).total
-    top = np.float64(total(loss.size, loss.size, loss.reshape(-1), scale))
-    bottom = 1.0
-    if reduction == "mean":
-        bottom = count if scale is None else total(scale.size, scale.size, scale, None)
-    with np.errstate(all="ignore"):
-        return dtype(top / bottom)
-
-
-def scaled(loss, scale):
-    """loss * scale in loss' dtype, rounded once; exactly 0 where the scale is."""
+        by_class = _check.class_weights(class_weights, classes, _check.result_dtype(logits), logits)
+        loss = _dense(family, logits, targets, axis, weights, by_class, "targets")
+        factors = (None, weights, None, _check.NO_LABEL)
+    totals = kernels("totals", loss=loss)
     flat = loss.reshape(-1)
-    with np.errstate(all="ignore"):
-        return np.where(scale == 0, 0.0, flat * scale).astype(loss.dtype).reshape(loss.shape)
+    if reduction != "none":
+        return totals.total(flat, *factors, _check.FACTORS if reduction == "mean" else _check.NOTHING)
+    if weights is not None or class_weights is not None:
+        totals.scale(flat.size, flat.size, flat, *factors)
+    return loss[()]
 
 
 class TokenScores(NamedTuple):
@@ -224,7 +203,8 @@ def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels=
         targets: integers, logits' shape without `axis`.
         ignore_index: the result is 0 where the target is this number.
         axis: the class axis.
-        check_labels: "raise" raises for a target out of range, "nan" makes its result NaN; "auto" raises on NumPy.
+        check_labels: "raise" raises for a target out of range, "nan" makes its result NaN; "auto" raises on NumPy
+            and gives NaN on CuPy, where to raise is to wait for the device.
     Returns:
         logits' shape without `axis`, float32, or float64 for float64 logits; in nats, never positive.
     Raises:
@@ -237,7 +217,8 @@ def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels=
     family = kernels("softmax", logits=logits, targets=targets)
     ignore = _check.integer(ignore_index, "ignore_index")
     loss, _ = _sparse(family, logits, targets, axis, None, ignore, check_labels, "targets")
-    return (0 - loss)[()]
+    kernels("totals", loss=loss).negate(loss.size, loss.size, loss.reshape(-1))
+    return loss[()]
 
 
 def score_tokens(logits, targets, *, rank=False, entropy=False, ignore_index=-100, axis=-1, check_labels="auto"):
@@ -249,7 +230,8 @@ def score_tokens(logits, targets, *, rank=False, entropy=False, ignore_index=-10
         rank, entropy: whether these fields are wanted.
         ignore_index: rows with this target are not looked at: 0 in the fields of floats, -1 in the others.
         axis: the class axis.
-        check_labels: "raise" raises for a target out of range, "nan" makes its floats NaN; "auto" raises on NumPy.
+        check_labels: "raise" raises for a target out of range, "nan" makes its floats NaN; "auto" raises on NumPy
+            and gives NaN on CuPy, where to raise is to wait for the device.
     Returns:
         TokenScores of arrays of logits' shape without `axis`:
         logprob: log softmax(logits)[target], float32, or float64 for float64 logits; in nats.
@@ -267,27 +249,25 @@ def score_tokens(logits, targets, *, rank=False, entropy=False, ignore_index=-10
 
 
 def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_labels):
-    """score_tokens, but for rows of weight 0 (weights are flat float64, or None)."""
+    """score_tokens, but for rows of weight 0 (weights as the kernels read them, or None)."""
     logits = _check.logits(logits)
     family = kernels("softmax", logits=logits, targets=targets)
     x = _check.class_axis_last(logits, axis)
     _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
     ignore = _check.integer(ignore_index, "ignore_index")
-    shape, classes, dtype = x.shape[:-1], x.shape[-1], _check.result_dtype(x)
-    y, given = _check.labels(targets, shape, "targets", logits.shape)
-    floats = [np.empty(shape, dtype), np.empty(shape, dtype)]
-    fields = [*floats, np.empty(shape, np.int64)]
-    fields.append(np.empty(shape, np.int64) if rank else None)
-    fields.append(np.empty(shape, dtype) if entropy else None)
+    shape, classes, dtype, xp = x.shape[:-1], x.shape[-1], _check.result_dtype(x), array_module(x)
+    y, given = _check.labels(targets, shape, "targets", logits)
+    fields = [xp.empty(shape, dtype), xp.empty(shape, dtype), xp.empty(shape, np.int64)]
+    fields.append(xp.empty(shape, np.int64) if rank else None)
+    fields.append(xp.empty(shape, dtype) if entropy else None)
     flat = [None if field is None else field.reshape(-1) for field in fields]
     bad = 0
     for begin, end, [(like, rows, _)] in _check.pieces(x):
-        n = end - begin
-        part = None if weights is None else weights[begin:end]
+        n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
         out = [None if field is None else field[begin:end] for field in flat]
-        bad += family.score(n * classes, n, like, rows, y[begin:end], part, ignore, *out)
-    if bad and check_labels != "nan":
-        _check.raise_bad_label(given, classes, _counted(y, weights, ignore), "targets")
+        bad += family.score(n * classes, n, like, rows, y_part, w_part, ignore, *out)
+    if _must_raise(bad, given, check_labels):
+        _check.raise_bad_label(given, classes, weights, ignore, "targets")
     return TokenScores(*(None if field is None else field[()] for field in fields))
 
 
@@ -327,12 +307,12 @@ def _normalized(logits, axis, logarithm):
     logits = _check.logits(logits)
     family = kernels("softmax", logits=logits)
     x = _check.class_axis_last(logits, axis)
-    out = np.empty(x.shape, _check.result_dtype(x))
+    out = array_module(x).empty(x.shape, _check.result_dtype(x))
     flat = out.reshape(-1, x.shape[-1])
     kernel = family.narrow_normalize if x.shape[-1] <= family.NARROW else family.normalize
     for begin, end, [(like, rows, _)] in _check.pieces(x):
         kernel((end - begin) * x.shape[-1], end - begin, like, rows, logarithm, flat[begin:end])
-    return np.moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
+    return array_module(x).moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
 
 
 def logsumexp(logits, axis=-1, keepdims=False):
@@ -355,8 +335,10 @@ def logsumexp(logits, axis=-1, keepdims=False):
     logits = _check.logits(logits)
     family = kernels("softmax", logits=logits)
     x = _check.class_axis_last(logits, axis)
-    lse = np.empty(x.shape[:-1], _check.result_dtype(x))
+    lse = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
     flat = lse.reshape(-1)
     for begin, end, [(like, rows, _)] in _check.pieces(x):
         family.logsumexp((end - begin) * x.shape[-1], end - begin, like, rows, flat[begin:end])
-    return np.expand_dims(lse, _check.axis_index(axis, logits.ndim)) if keepdims else lse[()]
+    if keepdims:
+        return array_module(x).expand_dims(lse, _check.axis_index(axis, logits.ndim))
+    return lse[()]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._backend import kernels
+from ._backend import array_module, is_cupy, kernels
 
 
 class EvaluationResult(NamedTuple):
@@ -39,11 +39,12 @@ class Evaluation:
 
     def __init__(self, *, ignore_index=-100):
         self.ignore_index = _check.integer(ignore_index, "ignore_index")
-        self._tokens = 0
-        self._words = None  # (6, WORDS) int64 once there is something to sum
+        self._words = None  # once there is something to sum: a row of words for each sum, and one of counts (_exact)
 
     def update(self, logits, targets, weights=None):
         """Add a batch; returns self. A batch that raises adds nothing.
+
+        On CuPy nothing waits for the device, so what is out of range is found by result().
 
         Args:
             logits: float16, bfloat16, float32 or float64, (..., classes).
@@ -55,45 +56,41 @@ class Evaluation:
         from .softmax import _score
 
         logits = _check.logits(logits)
-        scale = _check.weights(weights, logits.shape[:-1])
-        if scale is not None and not ((scale >= 0) & (scale < np.inf)).all():
-            first = int(np.argmin((scale >= 0) & (scale < np.inf)))
+        weights = _check.weights(weights, logits.shape[:-1], logits)
+        if isinstance(weights, np.ndarray) and not ((weights >= 0) & (weights < np.inf)).all():
+            first = int(np.argmin((weights >= 0) & (weights < np.inf)))
             where = tuple(int(i) for i in np.unravel_index(first, logits.shape[:-1])) if logits.ndim > 1 else ()
-            raise ValueError(f"weights: expected finite numbers from 0 on, got {scale[first]} at position {where}")
-        scores = _score(logits, targets, scale, False, False, self.ignore_index, -1, "raise")
-        y = _check.labels(targets, logits.shape[:-1], "targets", logits.shape)[0]
-        counted = y != self.ignore_index
-        if scale is not None:
-            counted &= scale != 0
-        return self.add(-np.ravel(scores.logprob), np.ravel(scores.argmax) == y, counted, scale)
+            raise ValueError(f"weights: expected finite numbers from 0 on, got {weights[first]} at position {where}")
+        scores = _score(logits, targets, weights, False, False, self.ignore_index, -1, "auto")
+        y = _check.labels(targets, logits.shape[:-1], "targets", logits)[0]
+        return self.add(scores.logprob, scores.argmax, y, weights)
 
-    def add(self, loss, correct, counted, weights=None):
-        """Add tokens that are scored already; returns self.
+    def add(self, logprob, argmax, targets, weights=None):
+        """Add tokens that score_tokens has scored; returns self.
 
         Args:
-            loss: nats, (n,). correct, counted: booleans, (n,). weights: float64, (n,), or None.
+            logprob, argmax: fields of score_tokens' result.
+            targets: int64, contiguous, of as many items. weights: float64, contiguous; None for 1.
         """
-        weight = counted.astype(np.float64) if weights is None else np.where(counted, weights, 0.0)
-        loss = np.where(counted, loss, 0).astype(np.float64)
-        square = weight * weight
-        family = kernels("totals", values=loss)
+        xp = array_module(logprob)
         if self._words is None:
-            self._words = np.zeros((len(_SUMS), family.WORDS), np.int64)
-        products = (weight, weight * loss, weight * correct, square, square * loss, square * loss * loss)
-        for words, values in zip(self._words, products):
-            family.accumulate(values.size, values.size, values, None, words)
-        self._tokens += int(np.count_nonzero(counted))
+            self._words = xp.zeros((len(_SUMS) + 1, kernels("totals").WORDS), np.int64)
+        elif is_cupy(self._words) != is_cupy(logprob):
+            self._words = xp.asarray(_check.on_host(self._words))
+        values = [np.ravel(logprob), np.ravel(argmax), targets, weights, self.ignore_index, self._words]
+        kernels("totals", logprob=logprob, targets=targets).add_tokens(values[0].size, values[0].size, *values)
         return self
 
     def merge(self, other):
-        """Add all that another Evaluation has seen; returns self."""
+        """Add all that another Evaluation has seen; returns self. Waits for a device."""
         if not isinstance(other, Evaluation):
             raise TypeError(f"other: expected an Evaluation, got {type(other).__name__}")
         if other._words is not None:
+            words = _check.on_host(other._words)
             if self._words is None:
-                self._words = np.zeros_like(other._words)
-            kernels("totals").merge(1, 1, self._words, other._words)
-            self._tokens += other._tokens
+                self._words = np.zeros_like(words)
+            self._words = _check.on_host(self._words)
+            kernels("totals").merge(1, 1, self._words, words)
         return self
 
     def result(self):
@@ -101,15 +98,21 @@ class Evaluation:
         (share of the weight whose target has the largest logit), and the standard error of the loss.
 
         Of no tokens, all but the counts are NaN. The standard error is that of a weighted mean of independent tokens,
-        sqrt(sum(w^2 (l - loss)^2) n / (n - 1)) / sum(w); NaN for fewer than two tokens.
+        sqrt(sum(w^2 (l - loss)^2) n / (n - 1)) / sum(w); NaN for fewer than two tokens. On CuPy, the one transfer.
+
+        Raises:
+            ValueError: CuPy arrays given to update held targets or weights out of range.
         """
-        n = self._tokens
+        words = _check.on_host(self._words)
+        n, bad_targets, bad_weights = (0, 0, 0) if words is None else map(int, words[-1, :3])
+        if bad_targets:
+            raise ValueError(f"targets: expected classes of the logits, got {bad_targets} out of range")
+        if bad_weights:
+            raise ValueError(f"weights: expected finite numbers from 0 on, got {bad_weights} others")
         if n == 0:
             return EvaluationResult(0, 0.0, *[math.nan] * 5)
-        family = kernels("totals")
-        weight, loss, correct, square, square_loss, square_loss2 = (
-            family.round_total(0, 1, words) for words in self._words
-        )
+        round_total = kernels("totals").round_total
+        weight, loss, correct, square, square_loss, square_loss2 = (round_total(0, 1, row) for row in words[:-1])
         mean = loss / weight
         error = math.nan
         if n > 1 and math.isfinite(mean):
@@ -121,11 +124,11 @@ class Evaluation:
 
     def to_json(self):
         """The whole state as a line of text, for from_json."""
-        words = {}
-        for name, row in zip(_SUMS, self._words if self._words is not None else ()):
-            words[name] = {str(i): int(row[i]) for i in np.flatnonzero(row)}
+        tokens, words, sums = self.result().tokens, _check.on_host(self._words), {}
+        for name, row in zip(_SUMS, () if words is None else words):
+            sums[name] = {str(i): int(row[i]) for i in np.flatnonzero(row)}
         return json.dumps(
-            {"numbaloss.Evaluation": 1, "ignore_index": self.ignore_index, "tokens": self._tokens, "sums": words}
+            {"numbaloss.Evaluation": 1, "ignore_index": self.ignore_index, "tokens": tokens, "sums": sums}
         )
 
     @classmethod
@@ -140,11 +143,12 @@ class Evaluation:
             if state["numbaloss.Evaluation"] != 1:
                 raise ValueError(f"version {state['numbaloss.Evaluation']}")
             evaluation = cls(ignore_index=state["ignore_index"])
-            evaluation._tokens = _check.integer(state["tokens"], "tokens")
-            if evaluation._tokens < 0:
-                raise ValueError(f"{evaluation._tokens} tokens")
+            tokens = _check.integer(state["tokens"], "tokens")
+            if tokens < 0 or (tokens and not state["sums"]):
+                raise ValueError(f"{tokens} tokens")
             if state["sums"]:
-                evaluation._words = np.zeros((len(_SUMS), kernels("totals").WORDS), np.int64)
+                evaluation._words = np.zeros((len(_SUMS) + 1, kernels("totals").WORDS), np.int64)
+                evaluation._words[-1, 0] = tokens
                 for name, row in zip(_SUMS, evaluation._words):
                     for i, word in state["sums"][name].items():
                         if not 0 <= int(i) < len(row):

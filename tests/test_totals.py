@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numbaloss as nl
+from numbaloss._check import NOTHING
 from numbaloss.cpu import totals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def total(values, scale):
     """The kernel that every reduction ends in."""
-    return totals.total(values.size, values.size, values, scale)
+    return totals.total(values, None, scale, None, totals.NO_LABEL, NOTHING)
 
 
 def products(losses, weights=None, class_weights=None, labels=None):

@@ -12,13 +12,11 @@ from numba.extending import overload
 
 from .._scalar import (
     BIAS,
-    BIAS_64,
     CHUNK,
     EXP_LIMIT,
     HEADROOM,
     INV_LOG2E,
     LANES,
-    MAGIC_64,
     ZERO,
     at_least,
     bits_float,
@@ -34,15 +32,14 @@ from .._scalar import (
     power_of_two,
     select,
     term_32,
-    term_64,
 )
-from .._vector import WIDTH, Vector, fold, largest, most_bits, most_bits_of, splat
-from ._memory import always_inline, compute_zero, gather, item_size, load, load_part, out_of_line, span, store, widen
+from .._typed import compute_zero, item_size, key_value, shifted_frame, term, widen
+from .._vector import WIDTH, fold, largest, most_bits, most_bits_of, splat
+from ._memory import always_inline, gather, load, load_part, out_of_line, span, store
 
 HEAD = 64  # classes whose maximum gives a chunk its first reference exponent
 NO_GUESS = f32(np.nan)
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the chunks before it
-LOW_64 = -709.0
 
 
 # -- one tile ----------------------------------------------------------------------------------------------------
@@ -219,28 +216,6 @@ def chunk_moment(like, address, stride, size, skip, shift, lanes, spare):
     return fold_lanes(zero, lanes, min(size, LANES))
 
 
-def term(x, low, m, total):
-    """term_32 or term_64, by the type of x."""
-
-
-@overload(term)
-def _term(x, low, m, total):
-    if x in (types.float64, Vector(types.float64)):
-        return lambda x, low, m, total: term_64(x, low, m, total)
-    return lambda x, low, m, total: term_32(x, low, m, total)
-
-
-def shifted_frame(zero):
-    """(m, low) of a sum whose reference exponent is 0, by the type of zero."""
-
-
-@overload(shifted_frame)
-def _shifted_frame(zero):
-    if zero == types.float64:
-        return lambda zero: (MAGIC_64 + BIAS_64, LOW_64)
-    return lambda zero: frame_32(ZERO, BIAS)
-
-
 def chunk_sum(like, address, stride, size, skip, guess, lanes, spare):
     """(s, c) with s * e^c the sum of exp(x) over a chunk but for `skip`; c lies within 1 of the largest x that counts.
 
@@ -297,17 +272,6 @@ def head_max(like, address, stride, size, skip, spare):
     for i in range(WIDTH, HEAD, WIDTH):
         best = at_least(load(like, address + i * stride), best)
     return largest(best)
-
-
-def key_value(zero, key):
-    """The float of the type of `zero` whose key (ordered_bits) this is."""
-
-
-@overload(key_value)
-def _key_value(zero, key):
-    if zero == types.float64:
-        return lambda zero, key: bits_float(key if key >= 0 else key ^ np.int64(0x7FFFFFFFFFFFFFFF))
-    return lambda zero, key: bits_float(np.int32(key if key >= 0 else key ^ 0x7FFFFFFF))
 
 
 # -- one row -----------------------------------------------------------------------------------------------------

@@ -1,24 +1,13 @@
 """Sums of exponentials for few classes: a group of rows lies side by side in the vector lanes. Bits as in _chunks."""
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
-from .._scalar import (
-    BIAS,
-    BIAS_64,
-    INF,
-    INV_LOG2E,
-    MAGIC_64,
-    ZERO,
-    at_least,
-    frame_32,
-    reference_32,
-    select,
-)
+from .._scalar import at_least, select
+from .._typed import compute_zero, item_size, row_frame, term, widen
 from .._vector import WIDTH
-from ._chunks import LOW_64, fold_vectors, row_address, term
-from ._memory import compute_zero, item_size, load, out_of_line, prefetch, span, store, transpose, widen
+from ._chunks import fold_vectors, row_address
+from ._memory import load, out_of_line, prefetch, span, store, transpose
 
 FEW = 8  # classes up to which a comparison with each finds the target faster than an index
 NOT_COUNTED, BAD = -1, -2
@@ -111,10 +100,10 @@ def sum_pairs(columns, targets, x, s, c):
         x[i] = select(y == BAD, np.nan, select(y == NOT_COUNTED, 0.0, np.float64(select(y == 1, b, a))))
         first[i] = select(y == NOT_COUNTED, low_x, select(y == 1, a, b))
     for i in range(group):  # float32 alone takes twice the lanes
-        m, low, shift, _ = frame(first[i])
+        m, low, shift, _ = row_frame(first[i])
         second[i] = term(first[i] - shift, low, m, zero)[0]
     for i in range(group):
-        s[i], c[i] = second[i], frame(first[i])[3]
+        s[i], c[i] = second[i], row_frame(first[i])[3]
 
 
 @njit
@@ -135,7 +124,7 @@ def sum_columns(classes, columns, frames, s, c, ahead, item):
             best = at_least(load(zero, begin + i * size + j * step), best)
         store(frame_at + i * size, best)
     for i in range(np.uint64(group)):
-        m[i], low[i], shift[i], c[i] = frame(high[i])
+        m[i], low[i], shift[i], c[i] = row_frame(high[i])
     half = 1
     while 2 * half < classes:
         half *= 2
@@ -153,26 +142,3 @@ def sum_columns(classes, columns, frames, s, c, ahead, item):
         store(row, fold_vectors(zero, at, min(half, classes), step))
     for i in range(np.uint64(group)):
         s[i] = high[i]
-
-
-def frame(high):
-    """(m, low, shift, c) for a row whose largest logit is `high`: how its terms are taken, and what their sum is of."""
-
-
-@overload(frame)
-def _frame(high):
-    if high == types.float64:
-
-        def row_frame_64(high):
-            shift = select(high > -np.inf, high, 0.0)
-            return MAGIC_64 + BIAS_64, LOW_64, shift, high
-
-        return row_frame_64
-
-    def row_frame_32(high):
-        ref, shift = reference_32(high)
-        m, low = frame_32(ref, BIAS)
-        c = select(shift == ZERO, np.float64(ref) * INV_LOG2E, np.float64(high))
-        return m, low, select(high > -INF, shift, ZERO), c
-
-    return row_frame_32

@@ -9,10 +9,11 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
-from .._scalar import LANES, ZERO, from_bfloat16, from_float16, widen_half
+from .._scalar import LANES, widen_half
+from .._typed import item_size
 from .._vector import WIDTH, Vector, spread
 
 ALIGN = 64  # bytes: a cache line, and the widest vector
@@ -56,19 +57,6 @@ def span(typingctx, like, address, size):
         return view._getvalue()
 
     return array(like, types.int64, types.int64), codegen
-
-
-def widen(x):
-    """A logit as float32, or as float64 if it is one."""
-
-
-@overload(widen)
-def _widen(x):
-    if x == types.uint16:
-        return lambda x: from_bfloat16(x)
-    if x == types.int16:
-        return lambda x: from_float16(x)
-    return lambda x: x
 
 
 def _wide(like):
@@ -187,27 +175,6 @@ def transpose(typingctx, like, source, source_stride, size, target, target_strid
 
     i64 = types.int64
     return types.void(like, i64, i64, i64, i64, i64), codegen
-
-
-def compute_zero(like):
-    """A zero of the dtype that such logits are computed in."""
-
-
-@overload(compute_zero)
-def _compute_zero(like):
-    if like == types.float64:
-        return lambda like: 0.0
-    return lambda like: ZERO
-
-
-def item_size(like):
-    """Bytes."""
-
-
-@overload(item_size)
-def _item_size(like):
-    size = 1 if like == types.boolean else like.bitwidth // 8
-    return lambda like: size
 
 
 @intrinsic(prefer_literal=True)

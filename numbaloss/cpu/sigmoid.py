@@ -4,10 +4,11 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._scalar import LANES, exp_neg_32, exp_neg_64, log1p_32, log1p_64, select, sigmoid_loss, weighted_loss
+from .._scalar import LANES
+from .._typed import binary_loss, exp_neg, log1p, widen
 from ._chunks import row_address
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, span, stack, widen
+from ._memory import TILE_BYTES, gather, span, stack
 
 TILE = LANES
 
@@ -52,39 +53,18 @@ def loss_tile(x, z, q, loss):
     for i in range(np.uint64(loss.size)):
         loss[i] = exp_neg(abs(widen(x[i])))
     for i in range(np.uint64(loss.size)):
-        loss[i] = loss_of(widen(x[i]), loss.dtype.type(widen(z[i])), q, i, one, log1p(loss[i]))
+        label = loss.dtype.type(widen(z[i]))
+        loss[i] = binary_loss(widen(x[i]), label, weight_of(q, i, one), one, log1p(loss[i]))
 
 
-def exp_neg(a):
-    """exp(-a) for a >= 0, by the type of a."""
+def weight_of(q, i, one):
+    """q or q[i] in the precision of `one`; None stays None."""
 
 
-@overload(exp_neg)
-def _exp_neg(a):
-    if a == types.float64:
-        return lambda a: exp_neg_64(a)
-    return lambda a: exp_neg_32(a)
-
-
-def log1p(e):
-    """log(1 + e) for 0 <= e <= 1, by the type of e."""
-
-
-@overload(log1p)
-def _log1p(e):
-    if e == types.float64:
-        return lambda e: select(e == e, log1p_64(e), e)
-    return lambda e: log1p_32(e)
-
-
-def loss_of(x, z, q, i, one, log1p_exp):
-    """sigmoid_loss, or weighted_loss with q or q[i]."""
-
-
-@overload(loss_of)
-def _loss_of(x, z, q, i, one, log1p_exp):
-    if q == types.none:
-        return lambda x, z, q, i, one, log1p_exp: sigmoid_loss(x, z, one, log1p_exp)
+@overload(weight_of)
+def _weight_of(q, i, one):
     if isinstance(q, types.Array):
-        return lambda x, z, q, i, one, log1p_exp: weighted_loss(x, z, type(one)(widen(q[i])), one, log1p_exp)
-    return lambda x, z, q, i, one, log1p_exp: weighted_loss(x, z, type(one)(q), one, log1p_exp)
+        return lambda q, i, one: type(one)(widen(q[i]))
+    if q == types.none:
+        return lambda q, i, one: None
+    return lambda q, i, one: type(one)(q)

@@ -5,31 +5,18 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from .._scalar import (
-    BIAS,
-    BIAS_64,
     CHUNK,
     LANES,
-    LN2_HI,
-    LN2_LO,
-    MAGIC_64,
-    ONE,
-    exp_64,
-    f32,
     fma,
-    frame_32,
-    low_bits_exponent,
     merge,
     others_to_target,
-    reference_32,
     row_entropy,
     select,
-    split_32,
-    split_64,
     target_loss,
     target_lse,
 )
+from .._typed import compute_zero, item_size, softmax_frame, softmax_of, widen
 from ._chunks import (
-    LOW_64,
     NO_GUESS,
     chunk_sum,
     first_nan,
@@ -42,7 +29,7 @@ from ._chunks import (
 )
 from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
 from ._launch import Kernel
-from ._memory import TILE_BYTES, compute_zero, gather, item_size, out_of_line, prefetch, span, stack, widen
+from ._memory import TILE_BYTES, gather, out_of_line, prefetch, span, stack
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
@@ -205,10 +192,10 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
                 loss = target_loss(u, s, c, x, full)
                 logprob[r], lse[r] = 0.0 - loss, target_lse(u, s, c, x, loss, full)
                 largest, argmax[r] = row_max(like, rows, address, spare)
-                if loss != loss:  # lse of a row that is all -inf or holds +inf or NaN
-                    lse[r] = plain_lse(like, rows, address, lanes, spare)
-                    if lse[r] != lse[r]:
-                        argmax[r] = first_nan(like, rows, address)
+                if loss != loss:  # a row that is all -inf or holds +inf or NaN
+                    nan = first_nan(like, rows, address)
+                    argmax[r] = nan if nan >= 0 else argmax[r]
+                    lse[r] = np.float64(largest) if nan < 0 else np.nan
                 if rank is not None:
                     rank[r] = row_rank(like, rows, address, target, spare)
                 if entropy is not None:
@@ -377,54 +364,6 @@ def exp_tile(x, largest, u, log1p_u, out):
     m, low, shift, scale, top = softmax_frame(largest, u, log1p_u)
     for i in range(np.uint64(out.size)):
         out[i] = softmax_of(widen(x[i]), largest, m, low, shift, scale, top)
-
-
-@njit
-def softmax_of(x, largest, m, low, shift, scale, top):
-    v = x - shift
-    p, t = split(select(v < low, low, v), m)
-    return select(x == largest, top, p * low_bits_exponent(t) * scale)
-
-
-def split(x, m):
-    """split_32 or split_64, by the type of x."""
-
-
-@overload(split)
-def _split(x, m):
-    if x == types.float64:
-        return lambda x, m: split_64(x, m)
-    return lambda x, m: split_32(x, m, ONE)
-
-
-def softmax_frame(largest, u, log1p_u):
-    """(m, low, shift, scale, top): exp(x - largest) / (1 + u) = p * 2^k * scale, (p, t) the split of x - shift.
-
-    scale and top are NaN if log1p_u, the loss of the largest class, is.
-    `top` is the largest class's own, 1 / (1 + u), which the product might miss by an ulp and make larger than 1.
-    In float32, k is 24 too large and scale 2^24 too small, so that only the last product can be subnormal.
-    """
-
-
-@overload(softmax_frame)
-def _softmax_frame(largest, u, log1p_u):
-    if largest == types.float64:
-
-        def softmax_frame_64(largest, u, log1p_u):
-            top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
-            return MAGIC_64 + BIAS_64, LOW_64, largest, top, top
-
-        return softmax_frame_64
-
-    def softmax_frame_32(largest, u, log1p_u):
-        ref, shift = reference_32(largest)
-        m, low = frame_32(ref, BIAS + f32(24))
-        rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift - largest)))
-        top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
-        scale = f32(exp_64(rest) * top * 2.0**-24)
-        return m, low, shift, scale, f32(top)
-
-    return softmax_frame_32
 
 
 def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weights, loss):

@@ -87,7 +87,7 @@ def _run(task, output, progress):
         progress(0, task.rows)
     if task.rows:
         _compile(task)
-    evaluation, better = Evaluation(), None
+    evaluation, better = Evaluation(ignore_index=-1), None
     start = time.perf_counter()
     with closing(_blocks(task)) as blocks:
         for first, logits, labels, weights in blocks:
@@ -95,7 +95,7 @@ def _run(task, output, progress):
             y = labels.astype(np.int64)
             y[~counted] = -1
             scores = score_tokens(logits, y, ignore_index=-1)  # one pass serves both the totals and the output
-            evaluation.add(-scores.logprob, scores.argmax == y, counted, weights)
+            evaluation.add(scores.logprob, scores.argmax, y, weights)
             if first == 0:
                 better = task.better_shift(logits, labels, counted, -scores.logprob)
             if output:
@@ -109,11 +109,11 @@ def _compile(task):
     """Compiles, or loads, the kernels for a full block and for a small one, before the clock starts."""
     logits = _Block(task).logits
     logits[:] = 0
-    evaluation = Evaluation()
+    evaluation = Evaluation(ignore_index=-1)
     for rows in (logits, logits[:1]):
         y = np.zeros(len(rows), np.int64)
         scores = score_tokens(rows, y, ignore_index=-1)
-        evaluation.add(-scores.logprob, scores.argmax == y, y == 0)
+        evaluation.add(scores.logprob, scores.argmax, y)
     evaluation.result()
 
 

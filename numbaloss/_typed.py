@@ -1,0 +1,246 @@
+"""The mathematics by the precision of a row: one name for float32 and float64, for the CPU and for CUDA alike."""
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from ._scalar import (
+    BIAS,
+    BIAS_64,
+    INF,
+    INV_LOG2E,
+    LN2_HI,
+    LN2_LO,
+    MAGIC_64,
+    ONE,
+    ZERO,
+    bits_float,
+    exp_64,
+    exp_neg_32,
+    exp_neg_64,
+    f32,
+    fma,
+    frame_32,
+    from_bfloat16,
+    from_float16,
+    log1p_32,
+    log1p_64,
+    low_bits_exponent,
+    reference_32,
+    select,
+    sigmoid_loss,
+    split_32,
+    split_64,
+    term_32,
+    term_64,
+    weighted_loss,
+)
+
+LOW_64 = -709.0
+
+
+def widen(x):
+    """A logit as float32, or as float64 if it is one; bfloat16 comes as uint16, float16 as int16."""
+
+
+@overload(widen)
+def _widen(x):
+    if x == types.uint16:
+        return lambda x: from_bfloat16(x)
+    if x == types.int16:
+        return lambda x: from_float16(x)
+    return lambda x: x
+
+
+def compute_zero(like):
+    """A zero of the dtype that such logits are computed in."""
+
+
+@overload(compute_zero)
+def _compute_zero(like):
+    if like == types.float64:
+        return lambda like: 0.0
+    return lambda like: ZERO
+
+
+def minus_inf(like):
+    """-inf in the precision that such logits are computed in."""
+
+
+@overload(minus_inf)
+def _minus_inf(like):
+    if like == types.float64:
+        return lambda like: -np.inf
+    return lambda like: -INF
+
+
+def as_result(like, x):
+    """x as the dtype of results for such logits."""
+
+
+@overload(as_result)
+def _as_result(like, x):
+    if like == types.float64:
+        return lambda like, x: np.float64(x)
+    return lambda like, x: f32(x)
+
+
+def item_size(like):
+    """Bytes."""
+
+
+@overload(item_size)
+def _item_size(like):
+    size = 1 if like == types.boolean else like.bitwidth // 8
+    return lambda like: size
+
+
+# -- terms of a sum ----------------------------------------------------------------------------------------------
+
+
+def term(x, low, m, total):
+    """term_32 or term_64."""
+
+
+@overload(term)
+def _term(x, low, m, total):
+    if getattr(x, "dtype", x) == types.float64:
+        return lambda x, low, m, total: term_64(x, low, m, total)
+    return lambda x, low, m, total: term_32(x, low, m, total)
+
+
+def shifted_frame(zero):
+    """(m, low) of a sum whose reference exponent is 0."""
+
+
+@overload(shifted_frame)
+def _shifted_frame(zero):
+    if zero == types.float64:
+        return lambda zero: (MAGIC_64 + BIAS_64, LOW_64)
+    return lambda zero: frame_32(ZERO, BIAS)
+
+
+def key_value(zero, key):
+    """The float whose key (ordered_bits) this is."""
+
+
+@overload(key_value)
+def _key_value(zero, key):
+    if zero == types.float64:
+        return lambda zero, key: bits_float(key if key >= 0 else key ^ np.int64(0x7FFFFFFFFFFFFFFF))
+    return lambda zero, key: bits_float(np.int32(key if key >= 0 else key ^ 0x7FFFFFFF))
+
+
+def row_frame(high):
+    """(m, low, shift, c) for a row whose largest logit is `high`: how its terms are taken, and what their sum is of."""
+
+
+@overload(row_frame)
+def _row_frame(high):
+    if high == types.float64:
+
+        def row_frame_64(high):
+            shift = select(high > -np.inf, high, 0.0)
+            return MAGIC_64 + BIAS_64, LOW_64, shift, high
+
+        return row_frame_64
+
+    def row_frame_32(high):
+        ref, shift = reference_32(high)
+        m, low = frame_32(ref, BIAS)
+        c = select(shift == ZERO, np.float64(ref) * INV_LOG2E, np.float64(high))
+        return m, low, select(high > -INF, shift, ZERO), c
+
+    return row_frame_32
+
+
+# -- softmax -----------------------------------------------------------------------------------------------------
+
+
+def softmax_frame(largest, u, log1p_u):
+    """(m, low, shift, scale, top): exp(x - largest) / (1 + u) = p * 2^k * scale, (p, t) the split of x - shift.
+
+    scale and top are NaN if log1p_u, the loss of the largest class, is.
+    `top` is the largest class's own, 1 / (1 + u), which the product might miss by an ulp and make larger than 1.
+    In float32, k is 24 too large and scale 2^24 too small, so that only the last product can be subnormal.
+    """
+
+
+@overload(softmax_frame)
+def _softmax_frame(largest, u, log1p_u):
+    if largest == types.float64:
+
+        def softmax_frame_64(largest, u, log1p_u):
+            top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
+            return MAGIC_64 + BIAS_64, LOW_64, largest, top, top
+
+        return softmax_frame_64
+
+    def softmax_frame_32(largest, u, log1p_u):
+        ref, shift = reference_32(largest)
+        m, low = frame_32(ref, BIAS + f32(24))
+        rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift - largest)))
+        top = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
+        scale = f32(exp_64(rest) * top * 2.0**-24)
+        return m, low, shift, scale, f32(top)
+
+    return softmax_frame_32
+
+
+def softmax_of(x, largest, m, low, shift, scale, top):
+    """One entry of a softmax; the rest from softmax_frame."""
+
+
+@overload(softmax_of)
+def _softmax_of(x, largest, m, low, shift, scale, top):
+    if x == types.float64:
+
+        def softmax_of_64(x, largest, m, low, shift, scale, top):
+            v = x - shift
+            p, t = split_64(select(v < low, low, v), m)
+            return select(x == largest, top, p * low_bits_exponent(t) * scale)
+
+        return softmax_of_64
+
+    def softmax_of_32(x, largest, m, low, shift, scale, top):
+        v = x - shift
+        p, t = split_32(select(v < low, low, v), m, ONE)
+        return select(x == largest, top, p * low_bits_exponent(t) * scale)
+
+    return softmax_of_32
+
+
+# -- one logit, two classes --------------------------------------------------------------------------------------
+
+
+def exp_neg(a):
+    """exp(-a) for a >= 0."""
+
+
+@overload(exp_neg)
+def _exp_neg(a):
+    if a == types.float64:
+        return lambda a: exp_neg_64(a)
+    return lambda a: exp_neg_32(a)
+
+
+def log1p(e):
+    """log(1 + e) for 0 <= e <= 1."""
+
+
+@overload(log1p)
+def _log1p(e):
+    if e == types.float64:
+        return lambda e: select(e == e, log1p_64(e), e)
+    return lambda e: log1p_32(e)
+
+
+def binary_loss(x, z, q, one, log1p_exp):
+    """sigmoid_loss, or weighted_loss for a pos_weight q of the type of x."""
+
+
+@overload(binary_loss)
+def _binary_loss(x, z, q, one, log1p_exp):
+    if isinstance(q, types.Float):
+        return lambda x, z, q, one, log1p_exp: weighted_loss(x, z, q, one, log1p_exp)
+    return lambda x, z, q, one, log1p_exp: sigmoid_loss(x, z, one, log1p_exp)

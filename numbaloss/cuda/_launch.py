@@ -1,0 +1,105 @@
+"""The only file that imports Numba's CUDA target, and the only function that starts a kernel.
+
+Kernels get integers alone: an array as an argument would cost more host time than a small kernel takes. Everything runs
+on CuPy's current stream and on the device of the arrays; nothing here waits for the device.
+"""
+
+import os
+import threading
+import warnings
+from functools import cache
+
+import cupy
+from numba import cuda
+from numba.core.errors import NumbaPerformanceWarning
+
+__all__ = ["cuda", "device", "kept", "kernel", "launch", "processors"]
+
+_HELD = 1024  # configured launches
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_lock = threading.Lock()
+_configured = {}
+_captured = []
+
+device = cuda.jit(device=True)
+
+
+def _package_stamp():
+    """Changes when any source file of the package does: Numba itself looks only at the file of the kernel."""
+    stamps = []
+    for folder in (_PACKAGE, os.path.join(_PACKAGE, "cuda")):
+        with os.scandir(folder) as files:
+            stamps += [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.name.endswith(".py")]
+    return tuple(sorted(stamps))
+
+
+_STAMP = _package_stamp()
+
+
+class Kernel:
+    """A kernel for at most `threads` a block, and for at least so many blocks a multiprocessor (the fewer, the more
+    registers a thread may have) for logits of 2, 4 and 8 bytes. It is compiled at its first launch and then kept on
+    disk, where a folder can be written."""
+
+    def __init__(self, function, threads, blocks):
+        self.py_func, self.__doc__ = function, function.__doc__
+        self._for_size = {2 << i: self._jit(threads, n) for i, n in enumerate(blocks)}
+
+    def _jit(self, *bounds):
+        compiled = cuda.jit(launch_bounds=bounds)(self.py_func)
+        try:
+            compiled.enable_caching()
+            compiled._cache._cache_file._source_stamp = (_STAMP, bounds)
+        except (RuntimeError, OSError, AttributeError):
+            pass
+        return compiled
+
+    def of(self, like):
+        """What to launch for such logits."""
+        return self._for_size[like.itemsize]
+
+
+def kernel(threads, *blocks):
+    return lambda function: Kernel(function, threads, blocks or (1, 1, 1))
+
+
+def launch(kernel, blocks, threads, out, *args):
+    """kernel[blocks, threads](*args) on the device of the array `out`, on CuPy's current stream there."""
+    current = cupy.cuda.runtime.getDevice()
+    if out.device.id != current:
+        with out.device:
+            return launch(kernel, blocks, threads, out, *args)
+    stream = cupy.cuda.get_current_stream().ptr
+    key = kernel, blocks, threads, stream, current
+    start = _configured.get(key)
+    if start is None:
+        start = _configure(key)
+    start(*args)
+    return 0
+
+
+def _configure(key):
+    kernel, blocks, threads, stream, _ = key
+    with _lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumbaPerformanceWarning)  # small grids are meant to be small
+        if len(_configured) >= _HELD:
+            _configured.clear()
+        _configured[key] = kernel[blocks, threads, cuda.external_stream(stream) if stream else 0]
+    return _configured[key]
+
+
+@cache
+def _processors(number):
+    return cupy.cuda.Device(number).attributes["MultiProcessorCount"]
+
+
+def processors(out):
+    """Multiprocessors of the device of the array `out`."""
+    return _processors(out.device.id)
+
+
+def kept(x):
+    """x, an array that no user holds. A CUDA graph that is being captured will write to it again: then it lives on."""
+    if cupy.cuda.get_current_stream().is_capturing():
+        _captured.append(x)
+    return x

@@ -1,0 +1,365 @@
+"""Intrinsics of the CUDA kernels: global memory by integer addresses, and vectors spread over the lanes of a warp.
+
+What a thread loads at once: PER_LOAD = 16 bytes / item logits, neighbours; the 32 threads of a warp load neighbouring
+16 bytes. A Vector is so many of these loads, 512 bytes apart, as hold 16 logits: the item k of thread t's vector lies
+k // PER_LOAD * 32 * PER_LOAD + t * PER_LOAD + k % PER_LOAD items from the warp's first one.
+"""
+
+import math
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.cuda.models import register_model
+from numba.extending import intrinsic
+
+from .._scalar import widen_half
+from .._vector import WIDTH, Vector, VectorModel, vector_ir
+
+_I1, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
+_F32 = ir.FloatType()
+
+register_model(Vector)(type("VectorModel", (VectorModel,), {}))  # the CUDA target keeps models of its own
+
+
+def _c32(k):
+    return ir.Constant(_I32, k)
+
+
+def _pointer(builder, address, kind):
+    """A pointer into global memory, so that loads and stores are of that kind."""
+    return builder.inttoptr(address, kind.as_pointer(1))
+
+
+def _item(like):
+    return {types.float32: _F32, types.float64: ir.DoubleType()}.get(like, ir.IntType(like.bitwidth))
+
+
+# -- single items ------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def load(typingctx, like, address):
+    """The item of the type of `like` at this address."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load(_pointer(builder, args[1], _item(like)), align=like.bitwidth // 8)
+
+    return like(like, types.int64), codegen
+
+
+@intrinsic
+def load_fresh(typingctx, address):
+    """An int64 that other blocks may have changed: not from a cache of this multiprocessor."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(_I64, [_I64])
+        return builder.call(ir.InlineAsm(kind, "ld.volatile.global.b64 $0, [$1];", "=l,l", side_effect=True), args)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store(typingctx, address, value):
+    """Write one item."""
+
+    def codegen(context, builder, sig, args):
+        builder.store(args[1], _pointer(builder, args[0], args[1].type), align=value.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, value):
+    """Add to an int64; returns what it was."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", _pointer(builder, args[0], _I64), args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------
+
+
+def _wide(like):
+    return Vector(types.float64 if like == types.float64 else types.float32)
+
+
+def _per_load(like):
+    return 16 // (like.bitwidth // 8)
+
+
+def _load_16_bytes(context, builder, like, address):
+    """The logits in the 16 bytes at an address, widened."""
+    words = builder.load(_pointer(builder, address, ir.VectorType(_I32, 4)), align=16)
+    n = _per_load(like)
+    if like in (types.float32, types.float64):
+        items = builder.bitcast(words, ir.VectorType(_item(like), n))
+        return [builder.extract_element(items, _c32(i)) for i in range(n)]
+    result = []
+    for i in range(4):
+        word = builder.extract_element(words, _c32(i))
+        if like == types.uint16:
+            result += [builder.shl(word, _c32(16)), builder.and_(word, _c32(-65536))]
+        else:
+            for half in (word, builder.lshr(word, _c32(16))):
+                result.append(widen_half(context, builder, builder.trunc(half, _I16)))
+    return [builder.bitcast(x, _F32) for x in result]
+
+
+def _pack(builder, items, kind):
+    result = ir.Constant(kind, ir.Undefined)
+    for i, x in enumerate(items):
+        result = builder.insert_element(result, x, _c32(i))
+    return result
+
+
+def _load_item(context, builder, like, address):
+    """One item, widened."""
+    x = builder.load(_pointer(builder, address, _item(like)), align=like.bitwidth // 8)
+    if like == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(x, _I32), _c32(16)), _F32)
+    return widen_half(context, builder, x) if like == types.int16 else x
+
+
+def _step(builder, address, stride, count):
+    return builder.add(address, builder.mul(stride, ir.Constant(_I64, count)))
+
+
+@intrinsic
+def load_vector(typingctx, like, address):
+    """This thread's Vector of logits, whose first load is at `address`, at 16 bytes."""
+
+    def codegen(context, builder, sig, args):
+        items = []
+        for g in range(WIDTH // _per_load(like)):
+            items += _load_16_bytes(context, builder, like, builder.add(args[1], ir.Constant(_I64, 512 * g)))
+        return _pack(builder, items, vector_ir(sig.return_type))
+
+    return _wide(like)(like, types.int64), codegen
+
+
+@intrinsic
+def load_part(typingctx, like, address, stride, position, begin, end, skip, fill):
+    """As load_vector for items `stride` bytes apart, the first at this position of its row. Items at positions outside
+    of [begin, end) and at `skip` are `fill`; the former are not touched. A load whose items are all inside is one."""
+    n, size = _per_load(like), like.bitwidth // 8
+
+    def codegen(context, builder, sig, args):
+        _, address, stride, position, begin, end, skip, fill = args
+        close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
+        kind = vector_ir(sig.return_type)
+
+        def single(far):
+            here = builder.add(position, _c32(far))
+            inside = builder.and_(builder.icmp_signed(">=", here, begin), builder.icmp_signed("<", here, end))
+            before = builder.block
+            with builder.if_then(inside):
+                x = _load_item(context, builder, like, _step(builder, address, stride, far))
+                loaded = builder.block
+            result = builder.phi(kind.element)
+            result.add_incoming(fill, before)
+            result.add_incoming(x, loaded)
+            return result
+
+        items = []
+        for far in range(0, 32 * WIDTH, 32 * n):
+            where = _step(builder, address, stride, far)
+            first = builder.add(position, _c32(far))
+            last = builder.add(first, _c32(n))
+            inside = builder.and_(builder.icmp_signed(">=", first, begin), builder.icmp_signed("<=", last, end))
+            with builder.if_else(builder.and_(close, inside)) as (whole, part):
+                with whole:
+                    together, end_of_whole = _load_16_bytes(context, builder, like, where), builder.block
+                with part:
+                    apart = [single(far + i) for i in range(n)]
+                    end_of_part = builder.block
+            for i in range(n):
+                x = builder.phi(kind.element)
+                x.add_incoming(together[i], end_of_whole)
+                x.add_incoming(apart[i], end_of_part)
+                items.append((far + i, x))
+        kept = []
+        for far, x in items:
+            skipped = builder.icmp_signed("==", builder.add(position, _c32(far)), skip)
+            kept.append(builder.select(skipped, fill, x))
+        return _pack(builder, kept, kind)
+
+    wide, i64, i32 = _wide(like), types.int64, types.int32
+    return wide(like, i64, i64, i32, i32, i32, i32, wide.dtype), codegen
+
+
+@intrinsic
+def load_apart(typingctx, like, like_items, address, stride, position, end):
+    """What load_part reads for logits like `like`, from items of another type and at any address, one by one, in the
+    precision of the logits; 0 at positions from `end` on."""
+    n, wide = _per_load(like), _wide(like)
+
+    def codegen(context, builder, sig, args):
+        _, _, address, stride, position, end = args
+        room = builder.trunc(builder.sub(end, position), _I32)
+        kind = vector_ir(wide)
+        items = []
+        for k in range(WIDTH):
+            far = k // n * 32 * n + k % n
+            before = builder.block
+            with builder.if_then(builder.icmp_signed("<", _c32(far), room)):
+                x = _load_item(context, builder, like_items, _step(builder, address, stride, far))
+                if x.type != kind.element:
+                    x = (builder.fpext if kind.element == ir.DoubleType() else builder.fptrunc)(x, kind.element)
+                loaded = builder.block
+            item = builder.phi(kind.element)
+            item.add_incoming(ir.Constant(kind.element, 0.0), before)
+            item.add_incoming(x, loaded)
+            items.append(item)
+        return _pack(builder, items, kind)
+
+    i64 = types.int64
+    return wide(like, like_items, i64, i64, i64, i64), codegen
+
+
+@intrinsic
+def hide_first(typingctx, like, v, count):
+    """v with its first `count` < PER_LOAD items replaced by -inf."""
+
+    def codegen(context, builder, sig, args):
+        _, result, count = args
+        low = ir.Constant(result.type.element, -math.inf)
+        for i in range(_per_load(like) - 1):
+            hidden = builder.icmp_signed(">", count, _c32(i))
+            x = builder.select(hidden, low, builder.extract_element(result, _c32(i)))
+            result = builder.insert_element(result, x, _c32(i))
+        return result
+
+    return v(like, v, types.int32), codegen
+
+
+def _part(builder, v, begin, end):
+    """Items [begin, end) of a vector, a scalar for one."""
+    items = [builder.extract_element(v, _c32(i)) for i in range(begin, end)]
+    return items[0] if len(items) == 1 else _pack(builder, items, ir.VectorType(v.type.element, len(items)))
+
+
+@intrinsic
+def fold_loads(typingctx, like, v):
+    """The butterfly between the loads of a Vector: of a Vector of 16, one of PER_LOAD."""
+    result = Vector(v.dtype, _per_load(like))
+
+    def codegen(context, builder, sig, args):
+        v = args[1]
+        while v.type.count > result.width:
+            half = v.type.count // 2
+            v = builder.fadd(_part(builder, v, 0, half), _part(builder, v, half, 2 * half))
+        return v
+
+    return result(like, v), codegen
+
+
+@intrinsic
+def halves(typingctx, v):
+    """The lower and the upper half of a vector; a scalar twice."""
+    half = v
+    if isinstance(v, Vector):
+        half = Vector(v.dtype, v.width // 2) if v.width > 2 else v.dtype
+    result = types.UniTuple(half, 2)
+
+    def codegen(context, builder, sig, args):
+        parts = [args[0]] * 2
+        if isinstance(v, Vector):
+            parts = [_part(builder, args[0], 0, v.width // 2), _part(builder, args[0], v.width // 2, v.width)]
+        return context.make_tuple(builder, result, parts)
+
+    return result(v), codegen
+
+
+@intrinsic
+def join(typingctx, low, high):
+    """The vector of two halves."""
+    result = Vector(low.dtype, 2 * low.width)
+
+    def codegen(context, builder, sig, args):
+        items = [builder.extract_element(v, _c32(i)) for v in args for i in range(low.width)]
+        return _pack(builder, items, vector_ir(result))
+
+    return result(low, high), codegen
+
+
+def _shuffle(builder, x, mask):
+    """x of the thread whose number differs in the bits of `mask`."""
+    if isinstance(x.type, ir.VectorType):
+        items = [_shuffle(builder, builder.extract_element(x, _c32(i)), mask) for i in range(x.type.count)]
+        return _pack(builder, items, x.type)
+    if x.type == _F32:
+        return builder.bitcast(_shuffle(builder, builder.bitcast(x, _I32), mask), _F32)
+    if x.type == ir.DoubleType():
+        return builder.bitcast(_shuffle(builder, builder.bitcast(x, _I64), mask), x.type)
+    if x.type == _I64:
+        low = builder.zext(_shuffle(builder, builder.trunc(x, _I32), mask), _I64)
+        high = builder.zext(_shuffle(builder, builder.trunc(builder.lshr(x, ir.Constant(_I64, 32)), _I32), mask), _I64)
+        return builder.or_(builder.shl(high, ir.Constant(_I64, 32)), low)
+    result = ir.LiteralStructType((_I32, _I1))
+    kind = ir.FunctionType(result, [_I32] * 5)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.shfl.sync.i32")
+    return builder.extract_value(builder.call(function, [_c32(-1), _c32(3), x, mask, _c32(31)]), 0)
+
+
+@intrinsic
+def butterfly(typingctx, x, mask):
+    """x of the thread whose number differs from this one's in the bits of `mask`; all threads of the warp take part."""
+
+    def codegen(context, builder, sig, args):
+        return _shuffle(builder, args[0], builder.trunc(args[1], _I32))
+
+    return x(x, types.int64), codegen
+
+
+def _items(builder, v):
+    return [builder.extract_element(v, _c32(i)) for i in range(v.type.count)]
+
+
+def _key(builder, x):
+    """ordered_bits of x + 0, which is 0 for -0."""
+    integer = _I32 if x.type == _F32 else _I64
+    word = builder.bitcast(builder.fadd(x, ir.Constant(x.type, 0.0)), integer)
+    sign = builder.ashr(word, ir.Constant(integer, integer.width - 1))
+    return builder.xor(word, builder.and_(sign, ir.Constant(integer, (1 << (integer.width - 1)) - 1)))
+
+
+@intrinsic
+def largest_key(typingctx, v):
+    """The largest ordered_bits of the items of a Vector, -0 counting as 0."""
+
+    def codegen(context, builder, sig, args):
+        keys = [_key(builder, x) for x in _items(builder, args[0])]
+        best = keys[0]
+        for key in keys[1:]:
+            best = builder.select(builder.icmp_signed(">", key, best), key, best)
+        return builder.sext(best, _I64) if best.type == _I32 else best
+
+    return types.int64(v), codegen
+
+
+@intrinsic
+def count_larger(typingctx, v, x):
+    """How many items of a Vector are larger than x."""
+
+    def codegen(context, builder, sig, args):
+        total = ir.Constant(_I64, 0)
+        for item in _items(builder, args[0]):
+            total = builder.add(total, builder.zext(builder.fcmp_ordered(">", item, args[1]), _I64))
+        return total
+
+    return types.int64(v, x), codegen
+
+
+@intrinsic
+def unless_zero(typingctx, label, v, otherwise):
+    """v, but `otherwise` where the label is 0; item by item."""
+
+    def codegen(context, builder, sig, args):
+        zero = ir.Constant(args[0].type, [0.0] * label.width)
+        return builder.select(builder.fcmp_ordered("==", args[0], zero), args[2], args[1])
+
+    return v(label, v, v), codegen

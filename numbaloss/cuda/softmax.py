@@ -1,0 +1,496 @@
+"""Softmax family on CUDA. A row is a warp's if it is one chunk, else a block's; one of few classes is a thread's.
+
+The function of each name plans, turns arrays into integers and launches the kernel of that name; `work` is the number
+of logits, `items` that of rows. Kernels return nothing: where the CPU's count labels out of range, these give 0.
+"""
+
+import cupy
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .._scalar import CHUNK, at_least, fma, others_to_target, row_entropy, target_loss, target_lse
+from .._typed import as_result, compute_zero, item_size, minus_inf, row_frame, softmax_frame, softmax_of, term, widen
+from .._vector import splat
+from ._chunks import (
+    NO_GUESS,
+    PARTS,
+    STEP,
+    TEAMS,
+    chunk_sum,
+    class_stride,
+    first_nan,
+    fold_lanes,
+    guess_after,
+    join_parts,
+    row_address,
+    row_max,
+    row_moments,
+    row_rank,
+    row_sum,
+    team_of,
+)
+from ._launch import cuda, device, kept, kernel, launch, processors
+from ._memory import load, load_apart, store, unless_zero
+from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
+
+NARROW = 128  # classes up to which a row is a thread's
+ROOM = 33 * 1024  # bytes of shared memory for the rows of a block's threads
+ROOM_32, ROOM_64 = ROOM // 4, ROOM // 8  # items
+THREADS = 32 * TEAMS
+
+
+def teams(items, classes):
+    """(blocks, threads) for a team a row."""
+    if classes <= CHUNK:
+        return -(-items // TEAMS), THREADS
+    return items, 32 * min(TEAMS, -(-classes // CHUNK))
+
+
+@device
+def loss_of(like, s, c, x):
+    """The loss of a target whose logit is x, the others summing to s * e^c, as it is stored."""
+    full = item_size(like) == 8
+    return as_result(like, target_loss(others_to_target(s, c, x, full), s, c, x, full))
+
+
+# -- sparse labels -----------------------------------------------------------------------------------------------
+
+
+def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
+    """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range."""
+    rows = with_known_stride(like, rows)
+    arguments = like, rows, operand(labels), operand(weights), ignore_index
+    chunks, busy = -(-rows[5] // CHUNK), 4 * processors(loss)
+    if chunks == 1:
+        group = min(32, max(1, items // (TEAMS * busy)))
+        blocks = -(-items // (TEAMS * group))
+        return launch(_sparse_xent.of(like), blocks, THREADS, loss, items, group, *arguments, address(loss))
+    if items * 2 >= busy:
+        return launch(_wide_sparse_xent.of(like), *teams(items, rows[5]), loss, items, *arguments, address(loss))
+    parts = kept(cupy.empty((items, chunks, 2)))
+    launch(_chunk_sums.of(like), items * chunks, 32, loss, items * chunks, *arguments, address(parts))
+    return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
+
+
+@device
+def target_of(like, rows, r, labels, weights, ignore_index):
+    """(address of row r or 0, its label, its target's logit); 0 for a row that is not to be summed, its logit then is
+    NaN if the label is out of range, or 0."""
+    if not counts(r, labels, weights, ignore_index):
+        return np.int64(0), np.int64(0), 0.0
+    y, address = label_at(labels, r), row_address(rows, r)
+    if not 0 <= y < rows[5]:
+        return np.int64(0), y, np.nan
+    return address, y, np.float64(widen(load(like, address + y * class_stride(like, rows))))
+
+
+@kernel(THREADS, 3, 2, 1)
+def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
+    """Rows of one chunk: a warp sums `group` rows one after the other, from a guess of the exponent by the one before,
+    and then thread i takes the logarithm for row i."""
+    room = cuda.shared.array((3, THREADS), types.float64)
+    lane, column = np.int32(cuda.laneid), np.int32(cuda.threadIdx.x & ~31)
+    first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
+    size = np.int32(min(group, items - first))
+    i, guess = np.int32(0), NO_GUESS
+    while i < size:
+        address, y, x = target_of(like, rows, first + i, labels, weights, ignore_index)
+        if lane == 0:
+            room[2, column + i] = x
+        s, c = 0.0, -np.inf
+        if address != 0:
+            s, c = chunk_sum(like, address, class_stride(like, rows), rows[5], y, guess)
+            guess = guess_after(c)
+        if lane == 0:
+            room[0, column + i], room[1, column + i] = s, c
+        i = np.int32(i + 1)
+    cuda.syncwarp()
+    if lane < size:
+        i = np.int32(column + lane)
+        at = loss + (first + lane) * item_size(compute_zero(like))
+        store(at, loss_of(like, room[0, i], room[1, i], room[2, i]))
+
+
+@kernel(THREADS, 3, 2, 1)
+def _wide_sparse_xent(items, like, rows, labels, weights, ignore_index, loss):
+    """Rows of many chunks: a block takes a row."""
+    room, target = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array(1, types.float64)
+    address, y, x = target_of(like, rows, np.int64(cuda.blockIdx.x), labels, weights, ignore_index)
+    if cuda.threadIdx.x == 0:
+        target[0] = x  # not kept in registers: the sum needs them
+    s, c = 0.0, -np.inf
+    if address != 0:
+        s, c = row_sum(like, rows, address, y, NO_GUESS, room)
+    if cuda.threadIdx.x == 0:
+        at = loss + np.int64(cuda.blockIdx.x) * item_size(compute_zero(like))
+        store(at, loss_of(like, s, c, target[0]))
+
+
+@kernel(32)
+def _chunk_sums(items, like, rows, labels, weights, ignore_index, parts):
+    """Few rows of many chunks: a warp sums a chunk."""
+    chunks, task, stride = (rows[5] + CHUNK - 1) // CHUNK, np.int64(cuda.blockIdx.x), class_stride(like, rows)
+    begin = task % chunks * CHUNK
+    address, y, _ = target_of(like, rows, task // chunks, labels, weights, ignore_index)
+    s, c = 0.0, -np.inf
+    if address != 0:
+        size = min(np.int64(CHUNK), rows[5] - begin)
+        s, c = chunk_sum(like, address + begin * stride, stride, size, y - begin, NO_GUESS)
+    if cuda.laneid == 0:
+        store(parts + task * 16, s)
+        store(parts + task * 16 + 8, c)
+
+
+@kernel(32)
+def _join_sums(items, parts, like, rows, labels, weights, ignore_index, loss):
+    """What is left to do after _chunk_sums, a warp a row."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    lane, r = np.int64(cuda.laneid), np.int64(cuda.blockIdx.x)
+    chunks = (rows[5] + CHUNK - 1) // CHUNK
+    address, _, x = target_of(like, rows, r, labels, weights, ignore_index)
+    s, c = 0.0, -np.inf
+    if address != 0:
+        for first in range(0, chunks, PARTS):
+            count = np.int32(min(PARTS, chunks - first))
+            for k in range(lane, count, 32):
+                room[0, k] = load(0.0, parts + (r * chunks + first + k) * 16)
+                room[1, k] = load(0.0, parts + (r * chunks + first + k) * 16 + 8)
+            cuda.syncwarp()
+            s, c = join_parts(room, count, s, c)
+            cuda.syncwarp()
+    if lane == 0:
+        store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
+
+
+# -- few classes -------------------------------------------------------------------------------------------------
+
+
+def threads_of(like, classes):
+    """(threads of a block, words between their rows in shared memory: odd, so that a warp's lie in different banks)."""
+    pitch = classes | 1
+    return min(256, ROOM // (pitch * (8 if isinstance(like, float) else 4)) // 32 * 32), pitch
+
+
+def room_of(like, room_32, room_64):
+    """The shared memory that holds numbers of a row's precision."""
+    return room_64 if isinstance(like, float) else room_32
+
+
+@overload(room_of)
+def _room_of(like, room_32, room_64):
+    if like == types.float64:
+        return lambda like, room_32, room_64: room_64
+    return lambda like, room_32, room_64: room_32
+
+
+@device
+def bring_rows(like, rows, first, size, pitch, room):
+    """room[i * pitch + j] = logit j of row first + i, read so that neighbouring threads read neighbours."""
+    _, _, _, inner_stride, stride, classes = rows
+    thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+    if abs(stride) > abs(inner_stride):
+        if thread < size:
+            address = row_address(rows, first + thread)
+            for j in range(classes):
+                room[thread * pitch + j] = widen(load(like, address + j * stride))
+    else:
+        i, j = np.int32(thread) // np.int32(classes), np.int32(thread) % np.int32(classes)
+        rows_on, classes_on = np.int32(threads) // np.int32(classes), np.int32(threads) % np.int32(classes)
+        while i < size:
+            room[i * pitch + j] = widen(load(like, row_address(rows, first + i) + j * stride))
+            i, j = i + rows_on, j + classes_on
+            if j >= classes:
+                i, j = i + 1, j - classes
+    cuda.syncthreads()
+
+
+@device
+def few_sum(like, room, at, classes):
+    """(s, c) of the row at room[at:], which it overwrites: the largest logit first, then a lane a class."""
+    high = room[at]
+    for j in range(1, classes):
+        high = at_least(room[at + j], high)
+    m, low, shift, c = row_frame(high)
+    zero = compute_zero(like)
+    half = 1
+    while 2 * half < classes:
+        half *= 2
+    for j in range(min(half, classes)):
+        total = term(room[at + j] - shift, low, m, zero)[0]
+        if j < classes - half:
+            total = total + term(room[at + j + half] - shift, low, m, zero)[0]
+        room[at + j] = total
+    while half > 1:
+        half >>= 1
+        for j in range(half):
+            room[at + j] = room[at + j] + room[at + j + half]
+    return np.float64(room[at]), np.float64(c)
+
+
+def narrow_sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
+    """As sparse_xent, for up to NARROW classes."""
+    threads, pitch = threads_of(like, rows[5])
+    arguments = like, rows, operand(labels), operand(weights), ignore_index, address(loss)
+    return launch(_narrow_sparse_xent.of(like), -(-items // threads), threads, loss, items, pitch, *arguments)
+
+
+@kernel(256)
+def _narrow_sparse_xent(items, pitch, like, rows, labels, weights, ignore_index, loss):
+    """A block brings its rows to shared memory, a thread takes a row from there."""
+    classes, thread = rows[5], np.int64(cuda.threadIdx.x)
+    first = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
+    size = min(np.int64(cuda.blockDim.x), items - first)
+    room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
+    room = room_of(like, room_32, room_64)
+    bring_rows(like, rows, first, size, pitch, room)
+    if thread < size:
+        r, at = first + thread, thread * pitch
+        s, c, x = 0.0, -np.inf, 0.0
+        if counts(r, labels, weights, ignore_index):
+            y = label_at(labels, r)
+            x = np.nan
+            if 0 <= y < classes:
+                x = np.float64(room[at + y])
+                room[at + y] = minus_inf(like)
+                s, c = few_sum(like, room, at, classes)
+        store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
+
+
+def narrow_normalize(work, items, like, rows, logarithm, out):
+    """As normalize, for up to NARROW classes."""
+    threads, pitch = threads_of(like, rows[5])
+    arguments = items, pitch, like, rows, int(logarithm), address(out)
+    return launch(_narrow_normalize.of(like), -(-items // threads), threads, out, *arguments)
+
+
+@kernel(256)
+def _narrow_normalize(items, pitch, like, rows, logarithm, out):
+    """A thread takes a row from shared memory, then from there again; the block writes the results side by side."""
+    classes, thread = rows[5], np.int64(cuda.threadIdx.x)
+    first = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
+    size = min(np.int64(cuda.blockDim.x), items - first)
+    full = item_size(like) == 8
+    room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
+    room = room_of(like, room_32, room_64)
+    bring_rows(like, rows, first, size, pitch, room)
+    at, largest, u, log1p_u = thread * pitch, minus_inf(like), 0.0, 0.0
+    if thread < size:
+        where = np.int64(0)
+        for j in range(classes):
+            if room[at + j] > largest:
+                largest, where = room[at + j], np.int64(j)
+        x = np.float64(room[at + where])
+        room[at + where] = minus_inf(like)
+        s, c = few_sum(like, room, at, classes)
+        u = others_to_target(s, c, x, full)
+        log1p_u = target_loss(u, s, c, x, full)
+    cuda.syncthreads()
+    bring_rows(like, rows, first, size, pitch, room)
+    if thread < size:
+        loss = as_result(like, log1p_u)
+        m, low, shift, scale, top = softmax_frame(largest, u, loss)
+        for j in range(classes):
+            x = room[at + j]
+            room[at + j] = (x - largest) - loss if logarithm else softmax_of(x, largest, m, low, shift, scale, top)
+    cuda.syncthreads()
+    for k in range(thread, size * classes, np.int64(cuda.blockDim.x)):
+        i = np.int32(k) // np.int32(classes)
+        value = room[i * pitch + (k - i * classes)]
+        store(out + (first * classes + k) * item_size(compute_zero(like)), value)
+
+
+# -- scores, logsumexp, softmax ----------------------------------------------------------------------------------
+
+
+def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
+    """What a row tells of its target; `rank` and `entropy` are arrays, or None."""
+    rows = with_known_stride(like, rows)
+    fields = (address(x) for x in (logprob, lse, argmax, rank, entropy))
+    arguments = items, like, rows, operand(labels), operand(weights), ignore_index, *fields
+    return launch(_score.of(like), *teams(items, rows[5]), logprob, *arguments)
+
+
+@kernel(THREADS)
+def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
+    """A team takes a row, from memory once and then from the caches."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    classes, full = rows[5], item_size(like) == 8
+    size = item_size(compute_zero(like))
+    r, warp, _ = team_of(classes)
+    if r < items:
+        y, value = label_at(labels, r), 0.0
+        looked_at = counts(r, labels, weights, ignore_index)
+        if looked_at and not 0 <= y < classes:
+            looked_at, value = False, np.nan
+        log_p, row_lse, information = value, as_result(like, value), value
+        where, larger = np.int64(-1), np.int64(-1)
+        if looked_at:
+            address = row_address(rows, r)
+            s, c = row_sum(like, rows, address, y, NO_GUESS, room)
+            target = widen(load(like, address + y * class_stride(like, rows)))
+            x = np.float64(target)
+            u = others_to_target(s, c, x, full)
+            loss = target_loss(u, s, c, x, full)
+            log_p, row_lse = 0.0 - loss, as_result(like, target_lse(u, s, c, x, loss, full))
+            largest, where = row_max(like, rows, address, room)
+            if loss != loss:  # a row that is all -inf or holds +inf or NaN
+                nan = first_nan(like, rows, address, room)
+                where = nan if nan >= 0 else where
+                row_lse = largest if nan < 0 else as_result(like, np.nan)
+            if rank != 0:
+                larger = row_rank(like, rows, address, target, room)
+            if entropy != 0:
+                s, c, b = row_moments(like, rows, address, where, room)
+                defined = -np.inf < row_lse < np.inf
+                information = row_entropy(s, c, b, np.float64(largest), full) if defined else np.nan
+        if warp == 0 and cuda.laneid == 0:
+            store(logprob + r * size, as_result(like, log_p))
+            store(lse + r * size, row_lse)
+            store(argmax + r * 8, where)
+            if rank != 0:
+                store(rank + r * 8, larger)
+            if entropy != 0:
+                store(entropy + r * size, as_result(like, information))
+
+
+@device
+def leave_largest_out(like, rows, address, room):
+    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the others; log NaN for an undefined row."""
+    largest, where = row_max(like, rows, address, room)
+    s, c = row_sum(like, rows, address, where, NO_GUESS, room)
+    x = np.float64(largest)
+    full = item_size(like) == 8
+    u = others_to_target(s, c, x, full)
+    return largest, u, target_loss(u, s, c, x, full)
+
+
+@device
+def plain_lse(like, rows, address, room):
+    """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
+    largest, _, log1p_u = leave_largest_out(like, rows, address, room)
+    if log1p_u == log1p_u:
+        return np.float64(largest) + log1p_u
+    return np.nan if first_nan(like, rows, address, room) >= 0 else np.float64(largest)
+
+
+def logsumexp(work, items, like, rows, lse):
+    """lse[r] = log(sum(exp(row r)))."""
+    rows = with_known_stride(like, rows)
+    return launch(_logsumexp.of(like), *teams(items, rows[5]), lse, items, like, rows, address(lse))
+
+
+@kernel(THREADS)
+def _logsumexp(items, like, rows, lse):
+    """A team takes a row."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    r, warp, _ = team_of(rows[5])
+    if r < items:
+        value = plain_lse(like, rows, row_address(rows, r), room)
+        if warp == 0 and cuda.laneid == 0:
+            store(lse + r * item_size(compute_zero(like)), as_result(like, value))
+
+
+def normalize(work, items, like, rows, logarithm, out):
+    """out[r] = softmax of row r, or its logarithm."""
+    rows = with_known_stride(like, rows)
+    return launch(_normalize.of(like), *teams(items, rows[5]), out, items, like, rows, int(logarithm), address(out))
+
+
+@kernel(THREADS)
+def _normalize(items, like, rows, logarithm, out):
+    """A team reads a row three times, twice from the caches, and writes it side by side."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    stride, classes, size = class_stride(like, rows), rows[5], item_size(compute_zero(like))
+    r, warp, warps = team_of(classes)
+    if r < items:
+        address = row_address(rows, r)
+        largest, u, log1p_u = leave_largest_out(like, rows, address, room)
+        loss = as_result(like, log1p_u)
+        m, low, shift, scale, top = softmax_frame(largest, u, loss)
+        for j in range(warp * 32 + cuda.laneid, classes, warps * 32):
+            x = widen(load(like, address + j * stride))
+            value = (x - largest) - loss if logarithm else softmax_of(x, largest, m, low, shift, scale, top)
+            store(out + (r * classes + j) * size, value)
+
+
+# -- dense labels ------------------------------------------------------------------------------------------------
+
+
+def dense_xent(work, items, like, rows, like_labels, label_rows, class_weights, weights, loss):
+    """loss[r] = sum_j w_j l_j (lse - x_j), w_j the class weights or 1; 0 for a row of weight 0."""
+    rows = with_known_stride(like, rows)
+    arguments = items, like, rows, like_labels, label_rows, address(class_weights), operand(weights), address(loss)
+    return launch(_dense_xent.of(like), *teams(items, rows[5]), loss, *arguments)
+
+
+@kernel(THREADS)
+def _dense_xent(items, like, rows, like_labels, label_rows, class_weights, weights, loss):
+    """sum_j w_j l_j (x_k - x_j) + log(1 + u) sum_j w_j l_j, k the largest logit; both sums over lanes and chunks."""
+    classes = rows[5]
+    r, warp, warps = team_of(classes)
+    room = cuda.shared.array((3, PARTS), types.float64)
+    if r < items:
+        value = 0.0
+        if weight_at(weights, r) != 0.0:
+            address, label_address = row_address(rows, r), row_address(label_rows, r)
+            largest, _, log1p_u = leave_largest_out(like, rows, address, room)
+            distance, mass, chunks = 0.0, 0.0, (classes + CHUNK - 1) // CHUNK
+            for first in range(0, chunks, PARTS):
+                count = min(np.int64(PARTS), chunks - first)
+                d, w = 0.0, 0.0
+                for k in range(warp, count, warps):
+                    begin = (first + k) * CHUNK
+                    at, label_begin = address + begin * class_stride(like, rows), label_address + begin * label_rows[4]
+                    size = min(np.int64(CHUNK), classes - begin)
+                    by_class = class_weights + begin * item_size(compute_zero(like)) if class_weights != 0 else 0
+                    logits, labels = (at, class_stride(like, rows)), (label_begin, label_rows[4])
+                    d = chunk_distance(like, logits, like_labels, labels, by_class, size, largest)
+                    w = chunk_mass(like, like_labels, labels, by_class, size)
+                    if cuda.laneid == 0 and warps > 1:
+                        room[0, k], room[1, k] = d, w
+                if warps == 1:
+                    distance, mass = distance + d, mass + w
+                else:
+                    cuda.syncthreads()
+                    for k in range(count):
+                        distance, mass = distance + room[0, k], mass + room[1, k]
+                    cuda.syncthreads()
+            value = fma(mass, log1p_u, distance)
+        if warp == 0 and cuda.laneid == 0:
+            store(loss + r * item_size(compute_zero(like)), as_result(like, value))
+
+
+@device
+def chunk_distance(like, logits, like_labels, labels, class_weights, size, largest):
+    """The sum of l (largest - x) over a chunk, l the label times its class weight: 0 for a label of 0, whatever its
+    logit. Logits and labels are (address, stride)."""
+    zero = compute_zero(like)
+    a, b = splat(zero), splat(zero)
+    for p in range(0, size, STEP):
+        position = p + cuda.laneid * (16 // item_size(like))
+        x = load_apart(like, like, logits[0] + position * logits[1], logits[1], position, size)
+        label = load_labels(like, like_labels, labels, class_weights, position, size)
+        a, b = b, unless_zero(label, fma(label, largest - x, a), a)
+    return fold_lanes(like, a, b)
+
+
+@device
+def chunk_mass(like, like_labels, labels, class_weights, size):
+    """The sum of l over a chunk."""
+    zero = compute_zero(like)
+    a, b = splat(zero), splat(zero)
+    for p in range(0, size, STEP):
+        position = p + cuda.laneid * (16 // item_size(like))
+        a, b = b, a + load_labels(like, like_labels, labels, class_weights, position, size)
+    return fold_lanes(like, a, b)
+
+
+@device
+def load_labels(like, like_labels, labels, class_weights, position, size):
+    """This thread's labels among STEP positions, times the class weights; 0 beyond the end."""
+    label = load_apart(like, like_labels, labels[0] + position * labels[1], labels[1], position, size)
+    if class_weights != 0:
+        zero, item = compute_zero(like), np.int64(item_size(compute_zero(like)))
+        label = label * load_apart(like, zero, class_weights + position * item, item, position, size)
+    return label

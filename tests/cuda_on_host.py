@@ -1,0 +1,350 @@
+"""CuPy arrays over host memory and the CUDA backend run by simt.py: public functions on real cupy.ndarray objects,
+without a GPU. Anything that would ask a driver raises.
+"""
+
+import contextlib
+import ctypes
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import cupy
+import numpy as np
+import simt
+from numba import njit
+from simt import MEMORY, scalar_twin, twin
+
+from numbaloss import _check, _scalar, _typed, _vector
+from numbaloss.cuda import _launch, _memory
+from numbaloss.cuda import _operands as _operands  # loads what the kernels use
+
+DTYPES = {np.int16: np.dtype(np.int16), np.uint16: np.dtype(np.uint16)}
+WIDTH, LANES = 16, np.arange(16)
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------
+
+
+def _allocate(nbytes):
+    """Host memory at 256 bytes, as CuPy's allocator gives it, full of NaN; reads beyond its end are found."""
+    raw = np.full(nbytes + 256, 0xFF, np.uint8)
+    offset = -raw.ctypes.data % 256
+    room = raw[offset : offset + max(nbytes, 1)]
+    MEMORY.add(room)
+    memory = cupy.cuda.UnownedMemory(room.ctypes.data, max(nbytes, 1), room, device_id=0)
+    return cupy.cuda.MemoryPointer(memory, 0)
+
+
+def empty(shape, dtype=float):
+    dtype, shape = np.dtype(dtype), (shape,) if isinstance(shape, int) else tuple(shape)
+    return cupy.ndarray(shape, dtype, memptr=_allocate(int(np.prod(shape)) * dtype.itemsize))
+
+
+def zeros(shape, dtype=float):
+    result = empty(shape, dtype)
+    _view(result)[...] = 0
+    return result
+
+
+def to_cupy(x):
+    """A CuPy array with the values and the strides of a NumPy array."""
+    x = np.asarray(x)
+    if x.size == 0:
+        return cupy.empty(x.shape, x.dtype)
+    low, high = np.lib.array_utils.byte_bounds(x)
+    address = x.__array_interface__["data"][0]
+    if ON_DEVICE:
+        memory = cupy.cuda.alloc(high - low)
+        memory.copy_from_host(ctypes.c_void_p(low), high - low)
+    else:
+        memory = _allocate(high - low)
+        ctypes.memmove(memory.ptr, low, high - low)
+    return cupy.ndarray(x.shape, x.dtype, memptr=memory + (address - low), strides=x.strides)
+
+
+def to_numpy(x):
+    """A copy of a CuPy array as a NumPy array."""
+    return x.get() if ON_DEVICE else _view(x).copy()
+
+
+def _view(x):
+    if x.size == 0:
+        return np.empty(x.shape, x.dtype)
+    buffer = (ctypes.c_ubyte * x.data.mem.size).from_address(x.data.mem.ptr)
+    return np.ndarray(x.shape, x.dtype, buffer=buffer, offset=x.data.ptr - x.data.mem.ptr, strides=x.strides)
+
+
+def ascontiguousarray(x, dtype=None):
+    """The one function of CuPy's that would start a kernel of its own here."""
+    if x.flags.c_contiguous and (dtype is None or x.dtype == dtype):
+        return x
+    return to_cupy(np.ascontiguousarray(to_numpy(x), dtype))
+
+
+@contextlib.contextmanager
+def on_host(order=None, launches=None):
+    """CuPy's allocations come from host memory and kernels run in simt; `launches` collects (name, blocks, threads).
+    Nothing changes where there is a device."""
+    if ON_DEVICE:
+        yield
+        return
+
+    def configure(key):
+        kernel, blocks, threads, _, _ = key
+
+        def start(*args):
+            if launches is not None:
+                launches.append((kernel.py_func.__name__, blocks, threads))
+            simt.launch(kernel, blocks, threads, args, order)
+
+        return start
+
+    stream = SimpleNamespace(ptr=0, is_capturing=lambda: False)
+    with contextlib.ExitStack() as patches:
+        for target, name, value in (
+            (cupy, "empty", empty),
+            (cupy, "zeros", zeros),
+            (cupy, "array", lambda x, dtype=None: to_cupy(np.array(to_numpy(x), dtype))),
+            (cupy, "asarray", lambda x: x if isinstance(x, cupy.ndarray) else to_cupy(x)),
+            (cupy, "ascontiguousarray", ascontiguousarray),
+            (cupy.cuda, "get_current_stream", lambda: stream),
+            (cupy.cuda.runtime, "getDevice", lambda: 0),
+            (_check, "on_host", lambda x: to_numpy(x) if isinstance(x, cupy.ndarray) else x),
+            (_launch, "_configure", configure),
+            (_launch, "_processors", lambda number: 2),
+        ):
+            patches.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+def results(result):
+    """A result, or the fields of one that are not None, as NumPy arrays with one NaN."""
+    if isinstance(result, tuple):
+        return tuple(results(r) for r in result if r is not None)
+    result = to_numpy(result) if isinstance(result, cupy.ndarray) else np.array(result)
+    if result.dtype.kind == "f":
+        result[np.isnan(result)] = np.nan
+    return result
+
+
+def modules():
+    """The modules of the CUDA backend."""
+    return [module for name, module in sys.modules.items() if name.startswith("numbaloss.cuda.")]
+
+
+def a_device_is_there():
+    try:
+        return cupy.cuda.runtime.getDeviceCount() > 0
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return False
+
+
+ON_DEVICE = a_device_is_there()
+
+
+# -- twins of the intrinsics: a Vector is a NumPy array of its width ---------------------------------------------
+
+
+def dtype_of(like):
+    return np.dtype(type(like))
+
+
+def per_load(like):
+    return 16 // dtype_of(like).itemsize
+
+
+_WIDEN = {
+    np.dtype(np.uint16): lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32),
+    np.dtype(np.int16): lambda x: x.view(np.float16).astype(np.float32),
+}
+
+
+def widened(x):
+    return _WIDEN[x.dtype](x) if x.dtype in _WIDEN else x.copy()
+
+
+def precision(like):
+    return np.float64 if isinstance(like, float) else np.float32
+
+
+@twin(_memory.load)
+def load(like, address):
+    return MEMORY.item(address, dtype_of(like))[0]
+
+
+@twin(_memory.load_fresh)
+def load_fresh(address):
+    return MEMORY.item(address, np.dtype(np.int64))[0]
+
+
+@twin(_memory.store)
+def store(address, value):
+    MEMORY.item(address, np.asarray(value).dtype)[0] = value
+
+
+@twin(_memory.atomic_add)
+def atomic_add(address, value):
+    item = MEMORY.item(address, np.dtype(np.int64))
+    before = item[0]
+    item[0] += value
+    return before
+
+
+@twin(_memory.load_vector)
+def load_vector(like, address):
+    loads = [MEMORY.view(address + 512 * g, 16, 16) for g in range(WIDTH // per_load(like))]
+    return widened(np.concatenate(loads).view(dtype_of(like)))
+
+
+def far(like):
+    n = per_load(like)
+    return LANES // n * 32 * n + LANES % n
+
+
+@twin(_memory.load_part)
+def load_part(like, address, stride, position, begin, end, skip, fill):
+    n, dtype = per_load(like), dtype_of(like)
+    result = np.full(WIDTH, fill, precision(like))
+    for k, step in enumerate(far(like)):
+        whole = stride == dtype.itemsize and begin <= position + far(like)[k // n * n] <= end - n
+        if whole and k % n == 0:
+            together = MEMORY.view(address + step * stride, 16, 16).view(dtype)
+            result[k : k + n] = widened(together)
+        elif not whole and begin <= position + step < end:
+            result[k] = widened(MEMORY.item(address + step * stride, dtype))[0]
+    result[position + far(like) == skip] = fill
+    return result
+
+
+@twin(_memory.load_apart)
+def load_apart(like, like_items, address, stride, position, end):
+    result = np.zeros(WIDTH, precision(like))
+    for k, step in enumerate(far(like)):
+        if position + step < end:
+            result[k] = widened(MEMORY.item(address + step * stride, dtype_of(like_items)))[0]
+    return result
+
+
+@twin(_memory.hide_first)
+def hide_first(like, v, count):
+    return np.where(LANES < count, v.dtype.type(-np.inf), v)
+
+
+@twin(_memory.fold_loads)
+def fold_loads(like, v):
+    while v.size > per_load(like):
+        v = v[: v.size // 2] + v[v.size // 2 :]
+    return v
+
+
+@twin(_memory.halves)
+def halves(v):
+    if not isinstance(v, np.ndarray):
+        return v, v
+    low, high = v[: v.size // 2], v[v.size // 2 :]
+    return (low[0], high[0]) if low.size == 1 else (low, high)
+
+
+@twin(_memory.join)
+def join(low, high):
+    return np.concatenate([low, high])
+
+
+@twin(_memory.butterfly, needs_cuda=True)
+def butterfly(cuda):
+    return lambda x, mask: cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)
+
+
+@njit
+def _largest_key(v):
+    best = _scalar.ordered_bits(v[0] + v.dtype.type(0))
+    for x in v:
+        best = max(best, _scalar.ordered_bits(x + v.dtype.type(0)))
+    return np.int64(best)
+
+
+@twin(_memory.largest_key)
+def largest_key(v):
+    return np.int64(_largest_key(v))
+
+
+@twin(_memory.count_larger)
+def count_larger(v, x):
+    return np.int64(np.count_nonzero(v > x))
+
+
+@twin(_memory.unless_zero)
+def unless_zero(label, v, otherwise):
+    return np.where(label == 0, otherwise, v)
+
+
+# -- functions of scalars that take vectors ----------------------------------------------------------------------
+
+_scalar_fma, _scalar_at_least, _scalar_term = (scalar_twin(f) for f in (_scalar.fma, _scalar.at_least, _typed.term))
+
+
+@njit(error_model="numpy")
+def _fma_each(a, b, c, out):
+    for i in range(out.size):
+        out[i] = _scalar.fma(a[i], b[i], c[i])
+
+
+@njit(error_model="numpy")
+def _term_each(x, low, m, total, out, t):
+    for i in range(out.size):
+        out[i], t[i] = _typed.term(x[i], low, m, total[i])
+
+
+def _spread(like, *operands):
+    return [x if isinstance(x, np.ndarray) else np.full(like.size, x, like.dtype) for x in operands]
+
+
+@twin(_scalar.fma)
+def fma(a, b, c):
+    vector = next((x for x in (a, b, c) if isinstance(x, np.ndarray)), None)
+    if vector is None:
+        return _scalar_fma(a, b, c)
+    out = np.empty_like(vector)
+    _fma_each(*_spread(vector, a, b, c), out)
+    return out
+
+
+@twin(_scalar.at_least)
+def at_least(x, low):
+    """float32 has max.NaN there, which differs where `low` is NaN and where both are zeros."""
+    if (x if isinstance(x, np.ndarray) else low).dtype == np.float32:
+        return np.maximum(x, low)
+    return np.where(x < low, low, x) if isinstance(x, np.ndarray) else _scalar_at_least(x, low)
+
+
+@twin(_typed.term)
+def term(x, low, m, total):
+    if not isinstance(x, np.ndarray):
+        return _scalar_term(x, low, m, total)
+    out, t = np.empty_like(x), np.empty_like(x)
+    _term_each(x, low, m, *_spread(x, total), out, t)
+    return out, t
+
+
+@twin(_scalar.select)
+def select(condition, a, b):
+    return a if condition else b
+
+
+@twin(_vector.splat)
+def splat(x):
+    return np.full(WIDTH, x)
+
+
+@twin(_vector.most_bits_of)
+def most_bits_of(v):
+    return v[np.argmax(v.view(np.int32))]
+
+
+@twin(_vector.largest)
+def largest(v):
+    best = v
+    while best.size > 1:
+        a, b = best[: best.size // 2], best[best.size // 2 :]
+        best = np.where(a > b, a, b)
+    return best[0]

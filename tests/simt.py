@@ -1,0 +1,320 @@
+"""Runs a kernel's own Python source on the CPU, one greenlet a CUDA thread, without a GPU.
+
+The function is rebuilt with the names that it uses replaced: numba.cuda by `FakeCuda`, device functions by their own
+sources, intrinsics and compiled functions by what `TWINS` and `scalar_twin` give. Threads take turns at barriers and
+shuffles. Found are: barriers and shuffles that some threads miss, reads outside of the memory that was allocated or
+at a wrong alignment, reads of shared memory that was not written (NaN or -1), and, with several `order`s, results that
+depend on who comes first. Not modelled: races that need two threads at once, and the overflow of integers.
+"""
+
+import bisect
+import functools
+import inspect
+import random
+import types as pytypes
+import weakref
+
+import numba
+import numpy as np
+from greenlet import getcurrent, greenlet
+from numba import cuda as real_cuda
+from numba import types
+from numba.core.dispatcher import Dispatcher as CPUDispatcher
+from numba.cuda.dispatcher import CUDADispatcher
+from numba.cuda.np.numpy_support import as_dtype
+
+TWINS = {}  # id of an object that kernels name -> Python function, or f(cuda) -> Python function
+NEEDS_CUDA = set()
+
+
+def twin(*objects, needs_cuda=False):
+    """Decorator: what stands for these objects in a simulated kernel."""
+
+    def decorate(function):
+        for thing in objects:
+            TWINS[id(thing)] = function
+            if needs_cuda:
+                NEEDS_CUDA.add(id(thing))
+        return function
+
+    return decorate
+
+
+class SimError(RuntimeError):
+    """What would be undefined behaviour on a device."""
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What a kernel may touch: host arrays, each a range of addresses, as long as they live."""
+
+    def __init__(self):
+        self.starts, self.ranges = [], {}
+
+    def add(self, array):
+        start = array.ctypes.data
+        bisect.insort(self.starts, start)
+        forget = weakref.finalize(array, self._forget, start)
+        forget.atexit = False
+        view = np.ndarray(array.nbytes, np.uint8, buffer=(numba_buffer(array)))
+        self.ranges[start] = (array.nbytes, view)
+        return start
+
+    def _forget(self, start):
+        del self.starts[bisect.bisect_left(self.starts, start)], self.ranges[start]
+
+    def view(self, address, size, align):
+        """The bytes at an address."""
+        address = int(address)
+        if address % align:
+            raise SimError(f"{size} bytes at {address:#x}, which is no multiple of {align}")
+        i = bisect.bisect_right(self.starts, address) - 1
+        if i >= 0:
+            start = self.starts[i]
+            length, view = self.ranges[start]
+            if address + size <= start + length:
+                return view[address - start : address - start + size]
+        raise SimError(f"{size} bytes at {address:#x}, outside of all arrays")
+
+    def item(self, address, dtype):
+        return self.view(address, dtype.itemsize, dtype.itemsize).view(dtype)
+
+
+def numba_buffer(array):
+    """The memory of an array without a reference to it: it must be free to die."""
+    import ctypes
+
+    return (ctypes.c_ubyte * array.nbytes).from_address(array.ctypes.data)
+
+
+MEMORY = Memory()
+
+
+# -- what the name `cuda` means in a kernel ----------------------------------------------------------------------
+
+
+class Dim3:
+    __slots__ = ("x", "y", "z")
+
+    def __init__(self, x, y=1, z=1):
+        self.x, self.y, self.z = x, y, z
+
+
+class FakeCuda:
+    def __init__(self, launch):
+        self._launch, self.shared, self.atomic = launch, Shared(launch), Atomic()
+
+    threadIdx = property(lambda self: getcurrent().thread)
+    blockIdx = property(lambda self: self._launch.block)
+    blockDim = property(lambda self: self._launch.threads)
+    gridDim = property(lambda self: self._launch.blocks)
+    laneid = property(lambda self: getcurrent().lane)
+
+    def _wait(self, what, value=None):
+        me = getcurrent()
+        me.wait, me.value = what, value
+        return me.parent.switch()
+
+    def syncthreads(self):
+        self._wait("barrier")
+
+    def syncwarp(self, mask=0xFFFFFFFF):
+        self._wait(("warp", mask, "sync"))
+
+    def _shuffle(self, mask, value, source):
+        return self._wait(("warp", mask, "shuffle"), (value, source))
+
+    def shfl_xor_sync(self, mask, value, other):
+        return self._shuffle(mask, value, getcurrent().lane ^ int(other))
+
+    def shfl_sync(self, mask, value, source):
+        return self._shuffle(mask, value, int(source) & 31)
+
+    def shfl_up_sync(self, mask, value, delta):
+        lane = getcurrent().lane
+        return self._shuffle(mask, value, lane - int(delta) if lane >= int(delta) else lane)
+
+    def threadfence(self):
+        pass
+
+
+class Shared:
+    def __init__(self, launch):
+        self._launch = launch
+
+    def array(self, shape, dtype):
+        """One array for each place in the source and block, full of NaN or -1."""
+        import sys
+
+        frame = sys._getframe(1)
+        key = frame.f_code, frame.f_lasti
+        if key not in self._launch.shared:
+            room = np.empty(shape, as_dtype(dtype))
+            room.reshape(-1).view(np.uint8)[:] = 0xFF
+            self._launch.shared[key] = room
+        return self._launch.shared[key]
+
+
+class Atomic:
+    def add(self, array, index, value):
+        before = array[index]
+        array[index] += value
+        return before
+
+
+# -- rebuilding --------------------------------------------------------------------------------------------------
+
+
+def _convert(kind):
+    """A boxed result in its own type again: Numba gives Python's float for float32."""
+    if isinstance(kind, types.BaseTuple):
+        parts = [_convert(k) for k in kind.types]
+        return lambda value: tuple(f(v) for f, v in zip(parts, value, strict=True))
+    if isinstance(kind, (types.Float, types.Integer)):
+        return as_dtype(kind).type
+    return lambda value: value
+
+
+def scalar_twin(function):
+    """A compiled CPU function, or anything that compiled code can call, with results in their own types."""
+    if not isinstance(function, CPUDispatcher):
+        names = list(inspect.signature(getattr(function, "_defn", function)).parameters)
+        names = names[1:] if hasattr(function, "_defn") else names  # an intrinsic's first one is the typing context
+        source = f"lambda {', '.join(names)}: function({', '.join(names)})"
+        function = numba.njit(error_model="numpy")(eval(source, {"function": function}))
+    converters = {}
+
+    def call(*args):
+        key = tuple(type(a) for a in args)
+        if key not in converters:
+            result = function(*args)
+            kinds = tuple(numba.typeof(a) for a in args)
+            converters[key] = _convert(function.overloads[kinds].signature.return_type)
+            return converters[key](result)
+        return converters[key](function(*args))
+
+    return call
+
+
+@functools.cache
+def _twin_of(thing):
+    return scalar_twin(thing)
+
+
+def _rebuild(function, cuda, done):
+    """`function` with its names replaced for this launch."""
+    if function in done:
+        return done[function]
+    new = pytypes.FunctionType(function.__code__, {}, function.__name__, function.__defaults__)
+    done[function] = new
+    names = _names(function.__code__)
+    new.__globals__.update(
+        {name: _replace(value, cuda, done) for name, value in function.__globals__.items() if name in names}
+    )
+    return new
+
+
+def _names(code):
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, pytypes.CodeType):
+            names |= _names(constant)
+    return names
+
+
+def _replace(value, cuda, done):
+    if value is real_cuda:
+        return cuda
+    if id(value) in TWINS:
+        return TWINS[id(value)](cuda) if id(value) in NEEDS_CUDA else TWINS[id(value)]
+    if isinstance(value, CUDADispatcher):
+        return _rebuild(value.py_func, cuda, done)
+    if isinstance(value, CPUDispatcher) or hasattr(value, "_defn"):
+        return _twin_of(value)
+    if isinstance(value, pytypes.FunctionType):
+        module = getattr(value, "__module__", "") or ""
+        if module.startswith("numbaloss.cuda"):
+            return _rebuild(value, cuda, done)
+        if module.startswith("numbaloss."):
+            return _twin_of(value)
+    return value
+
+
+# -- running -----------------------------------------------------------------------------------------------------
+
+
+class Launch:
+    def __init__(self, blocks, threads):
+        self.blocks, self.threads, self.block, self.shared = Dim3(blocks), Dim3(threads), None, {}
+
+
+def launch(kernel, blocks, threads, args, order=None):
+    """kernel[blocks, threads](*args); `order` seeds a shuffling of blocks and threads, None keeps them in order."""
+    now = Launch(blocks, threads)
+    function = _rebuild(kernel.py_func, FakeCuda(now), {})
+    chance = None if order is None else random.Random(order)
+    numbers = list(range(blocks))
+    if chance:
+        chance.shuffle(numbers)
+    for block in numbers:
+        now.block, now.shared = Dim3(block), {}
+        _run_block(function, args, threads, chance)
+
+
+def _run_block(function, args, threads, chance):
+    everyone = []
+    for i in range(threads):
+        thread = greenlet(function)
+        thread.number, thread.lane, thread.thread, thread.wait, thread.result = i, i & 31, Dim3(i), None, None
+        thread.started = False
+        everyone.append(thread)
+    ready = list(everyone)
+    while ready:
+        if chance:
+            chance.shuffle(ready)
+        for thread in ready:
+            thread.wait = None
+            if thread.started:
+                thread.switch(thread.result)
+            else:
+                thread.started = True
+                thread.switch(*args)
+        ready = _warps_that_met(everyone) or _block_that_met(everyone)
+
+
+def _warps_that_met(everyone):
+    """The threads that go on because all of their warp's mask wait for the same."""
+    ready = []
+    for first in range(0, len(everyone), 32):
+        warp, seen = everyone[first : first + 32], set()
+        for thread in warp:
+            if thread.dead or thread in seen or not isinstance(thread.wait, tuple):
+                continue
+            mask = thread.wait[1]
+            wanted = [other for other in warp if mask >> other.lane & 1]
+            if any(other.dead for other in wanted):
+                raise SimError(f"{thread.wait[2]}: a thread of the mask {mask:#x} has ended")
+            if any(other.wait != thread.wait for other in wanted):
+                continue
+            seen.update(wanted)
+            if thread.wait[2] == "shuffle":
+                for other in wanted:
+                    if other.value[1] >= len(warp) or warp[other.value[1]] not in wanted:
+                        raise SimError("a shuffle reads a thread outside of the mask")
+                    other.result = warp[other.value[1]].value[0]
+            ready += wanted
+    return ready
+
+
+def _block_that_met(everyone):
+    """All threads if all wait at a barrier, none if all have ended."""
+    waiting = [thread for thread in everyone if not thread.dead]
+    if not waiting:
+        return []
+    if any(thread.wait != "barrier" for thread in waiting):
+        raise SimError(f"threads wait for different things: { {str(thread.wait) for thread in waiting} }")
+    if len(waiting) < len(everyone):
+        raise SimError(f"a barrier, and {len(everyone) - len(waiting)} of {len(everyone)} threads have ended")
+    return list(waiting)

@@ -1,0 +1,448 @@
+"""The CUDA backend through the public functions, on CuPy arrays: the bits of the NumPy backend.
+
+Without a GPU the arrays lie in host memory and simt.py runs the kernels; with one, everything here runs on it.
+[n]: a line of docs/PITFALLS.md.
+"""
+
+import inspect
+import json
+
+import numpy as np
+import pytest
+import test_hashes
+from common import BFLOAT16, DTYPES, LAYOUTS, assert_same_bits, make_labels, make_logits
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pytest.importorskip("greenlet", reason="greenlet is not installed")
+
+import cuda_on_host as host  # noqa: E402
+
+import numbaloss as nl  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+INF, NAN = np.inf, np.nan
+ON_DEVICE = host.a_device_is_there()
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """CuPy arrays can be made and kernels run."""
+    with host.on_host():
+        yield
+
+
+def on_cupy(function, *args, **options):
+    """function on CuPy arrays in place of NumPy's, its results as NumPy arrays, NaN made one."""
+    args = [host.to_cupy(a) if isinstance(a, np.ndarray) else a for a in args]
+    options = {k: host.to_cupy(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    return host.results(function(*args, **options))
+
+
+def check(function, *args, **options):
+    """function gives the same bits for NumPy and CuPy arrays."""
+    expected = host.results(function(*args, **options))
+    assert_same_bits(on_cupy(function, *args, **options), expected, getattr(function, "__name__", "result"))
+
+
+def none(logits, targets, **options):
+    return nl.cross_entropy(logits, targets, reduction="none", **{"check_labels": "nan", **options})
+
+
+def scores(logits, targets):
+    return nl.score_tokens(logits, targets, rank=True, entropy=True, check_labels="nan")
+
+
+def check_all(logits, targets):
+    """Every function of a row."""
+    check(none, logits, targets)
+    check(scores, logits, targets)
+    for function in (nl.logsumexp, nl.softmax, nl.log_softmax):
+        check(function, logits)
+    labels = np.zeros(logits.shape, np.float32)
+    np.put_along_axis(labels, np.clip(targets, 0, logits.shape[-1] - 1)[..., None], 0.75, -1)
+    labels[..., ::3] += np.float32(0.25)
+    check(nl.softmax_cross_entropy_with_logits, labels, logits)
+
+
+# -- the same bits -------------------------------------------------------------------------------------------------
+
+
+class Converted:
+    """The package, taking NumPy arrays to CuPy's and back: for tests that were written for NumPy."""
+
+    def __getattr__(self, name):
+        if name == "Evaluation":
+            return ConvertedEvaluation
+        return lambda *args, **options: on_cupy(getattr(nl, name), *args, **options)
+
+
+class ConvertedEvaluation(nl.Evaluation):
+    def update(self, *args):
+        return super().update(*(host.to_cupy(a) for a in args))
+
+
+@pytest.mark.parametrize("name", test_hashes.functions())
+def test_hashes_on_cupy(name, monkeypatch):
+    """Every hash that the CPU has."""
+    monkeypatch.setattr(test_hashes, "nl", Converted())
+    assert test_hashes.hashes([name]) == test_hashes.kept([name])
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_order_of_threads(dtype, order):
+    """[16] Which thread comes first does not matter."""
+    if ON_DEVICE:
+        pytest.skip("a device has an order of its own")
+    with host.on_host(order):
+        for rows, classes in ((70, 5), (12, 130), (3, 1030), (2, 8200), (9, 8200)):
+            check_all(make_logits(rows, classes, dtype), make_labels(rows, classes))
+        x, y = make_logits(700, 3, dtype), make_labels(700, 3)
+        check(nl.cross_entropy, x, y, weights=np.arange(700) % 9 / 8)
+        evaluations = nl.Evaluation().update(x, y), ConvertedEvaluation().update(x, y)
+        assert evaluations[0].to_json() == evaluations[1].to_json()
+
+
+CLASSES = [1, 2, 3, 7, 8, 9, 31, 32, 33, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025, 2047, 2048]
+CLASSES += [2049, 7680, 8191, 8192, 8193, 9216, 16384, 16385]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_classes(classes, dtype):
+    """[14] Around a thread's load, a warp's, a lane, a chunk; the target at every edge of those."""
+    edges = {0, 1, 7, 8, 255, 256, 511, 512, 1023, 1024, 8191, 8192, classes - 1}
+    targets = np.array(sorted(t for t in edges if t < classes))
+    check(none, make_logits(len(targets), classes, dtype, seed=classes), targets)
+    if classes in (1, 3, 33, 129, 513, 1025, 8193):
+        check_all(make_logits(3, classes, dtype, seed=classes), make_labels(3, classes))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
+def test_many_classes(dtype):
+    """[14] More chunks than warps; more than are joined at once."""
+    for rows, classes in ((1, 65537), (4, 65537), (1, 151_936), (4, 151_936)):
+        check(none, make_logits(rows, classes, dtype), make_labels(rows, classes))
+    rows = make_logits(4, 20_000, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in host.modules():
+            if hasattr(module, "PARTS"):
+                patch.setattr(module, "PARTS", 2)
+        for x in (rows, rows[:1]):
+            check(none, x, make_labels(len(x), 20_000))
+            check(scores, x, make_labels(len(x), 20_000))
+
+
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_unaligned_rows(dtype, offset):
+    """[12] Rows that begin at any item between two 16-byte boundaries; targets among the items that are read apart."""
+    for classes in (9, 136, 1024 - offset, 1024, 8192, 8193, 8200):
+        x = make_logits(4, classes + offset, dtype, seed=offset)[:, offset:]
+        x[1, :offset] = -INF
+        check(none, x, np.array([0, classes - 1, min(offset, classes - 1), classes // 2]))
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("unaligned", "big-endian", "read-only")])
+def test_layouts(layout):
+    """[12] CuPy views; inputs are not written."""
+    for dtype in (np.float16, np.float32):
+        for rows, classes in ((5, 9), (6, 130), (3, 1030)):
+            x = LAYOUTS[layout](make_logits(rows, classes, dtype))
+            y = make_labels(rows, classes)
+            given = host.to_cupy(x)
+            before = host.to_numpy(given)
+            for function in (none, scores):
+                got = host.results(function(given, host.to_cupy(y)))
+                assert_same_bits(got, host.results(function(x, y)), f"{layout}, {rows} x {classes}")
+            check(nl.softmax, x)
+            assert_same_bits(host.to_numpy(given), before)
+
+
+def test_axes():
+    """Class axis first or in the middle; rows at two strides, and at three, which are copied piece by piece."""
+    x = make_logits(60, 140).reshape(5, 12, 140)
+    y = make_labels(60, 140).reshape(5, 12)
+    for axis in (0, 1):
+        moved = np.ascontiguousarray(np.moveaxis(x, -1, axis))
+        check(none, moved, y, axis=axis)
+        check(nl.softmax, moved, axis=axis)
+    check(none, x[:, 1:], y[:, 1:])
+    check(none, x.swapaxes(0, 1), y.T)
+    check(nl.logsumexp, x, axis=1, keepdims=True)
+    if ON_DEVICE:
+        deep = x.reshape(5, 4, 3, 140)[::2, ::2, ::2]
+        check(none, deep, np.ascontiguousarray(y.reshape(5, 4, 3)[::2, ::2, ::2]))
+
+
+# -- special values, labels, weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [10, 130, 1100, 8200])
+def test_blocks_of_minus_infinity(classes, dtype):
+    """[1] -inf in [0, k) and in [k, V): a load, a step, a round, a chunk; and everywhere."""
+    base = make_logits(1, classes, dtype, seed=classes)[0]
+    rows, labels = [np.full(classes, -INF, dtype)], [0]
+    for k in (1, 7, 8, 9, 256, 512, 1024, 8192, classes - 1):
+        for part in (slice(0, k), slice(k, None)):
+            if k < classes:
+                rows.append(base.copy())
+                rows[-1][part] = -INF
+                labels.append(k if len(rows) % 4 else k - 1)
+    check_all(np.array(rows), np.array(labels))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [5, 140, 1100, 8200])
+def test_nan_and_infinity(classes, dtype):
+    """[2] At the first, the last, the target's and other positions; rows beside them keep their bits."""
+    rows = [make_logits(1, classes, dtype)[0]]
+    for value in (NAN, -NAN, INF):
+        for spot in (0, 1, classes // 2, classes - 1):
+            rows.append(rows[0].copy())
+            rows[-1][spot] = value
+    rows.append(np.full(classes, -INF, dtype))
+    rows[-1][1] = NAN
+    x = np.array([*rows, rows[0]])
+    for label in (0, classes - 1):
+        check_all(x, np.full(len(x), label))
+
+
+@pytest.mark.parametrize("classes", [4, 150, 8200])
+def test_far_and_confident(classes):
+    """[3, 4] Shifts to 1e30, targets that lead or lag by far, a maximum that comes late."""
+    base = make_logits(1, classes)[0]
+    rows, labels = [], []
+    for shift in (0, 1e2, 1e4, 1e6, -1e6, 1.5e6, 1e8, 1e30, -1e30):
+        for lead in (0, 5, 17, 90, 300, -1e3, -1e5, -3e38):
+            rows.append(base + np.float32(shift))
+            labels.append(len(rows) % classes)
+            rows[-1][labels[-1]] += np.float32(lead)
+    late = np.full(classes, -200, np.float32)
+    late[-1] = 100
+    check_all(np.array([*rows, late, late[::-1]]), np.array([*labels, 0, 0]))
+    check_all(np.array(rows, np.float64), np.array(labels))
+
+
+BAD = [-1, -101, 2**31, 2**32 + 3, -(2**63), 2**63 - 1]
+
+
+@pytest.mark.parametrize("classes", [4, 140, 8200])
+def test_labels_out_of_range(classes):
+    """[8] NaN, nothing read outside, no waiting; check_labels="raise" raises as on NumPy."""
+    x = make_logits(len(BAD) + 3, classes)
+    y = np.array([*BAD, classes, classes + 1, 1])
+    got = on_cupy(nl.cross_entropy, x, y, reduction="none")
+    assert np.isnan(got[:-1]).all() and np.isfinite(got[-1])
+    check_all(x, y)
+    assert np.isnan(on_cupy(nl.cross_entropy, x, y))
+    with pytest.raises(ValueError, match=rf"targets: expected values in \[0, {classes}\), got -1 at position \(0,\)"):
+        on_cupy(nl.cross_entropy, x, y, check_labels="raise")
+    with pytest.raises(ValueError, match="labels"):
+        on_cupy(nl.sparse_softmax_cross_entropy_with_logits, y, x, check_labels="raise")
+    on_cupy(nl.cross_entropy, x, y, weights=(y == 1).astype(np.float32), check_labels="raise")
+    assert np.isfinite(on_cupy(nl.cross_entropy, x, y, weights=(y == 1).astype(np.float32)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_label_dtypes_and_layouts(dtype):
+    """[11] Labels are read where they lie."""
+    x, y = make_logits(24, 100), make_labels(24, 100).astype(dtype)
+    if dtype == "uint64":
+        y[3] = 2**64 - 100  # whose bits are those of -100
+    store = np.zeros((24, 3), dtype)
+    store[:, 1] = y
+    for labels in (y, store[:, 1], np.asfortranarray(y.reshape(6, 4)), store.reshape(6, 4, 3)[:, :, 1], y[::-1]):
+        check(none, x.reshape(*labels.shape, 100), labels)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int32", "int64", "uint64", "float16", "float32", "float64"]
+)
+def test_weight_dtypes(dtype):
+    x, y = make_logits(40, 7), make_labels(40, 7)
+    weights = (np.arange(40) % 4).astype(dtype)
+    if dtype == "uint64":
+        weights[5] = 2**63 + 2**11 + 1
+    for reduction in ("none", "sum", "mean"):
+        check(nl.cross_entropy, x, y, weights=weights, reduction=reduction)
+        check(
+            nl.cross_entropy, x.reshape(5, 8, 7), y.reshape(5, 8), weights=weights.reshape(8, 5).T, reduction=reduction
+        )
+    check(nl.cross_entropy, x, y, weights=weights.astype(np.float32).astype(BFLOAT16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_reductions(dtype):
+    """[7, 9] Divisors, class weights, ignored rows: none of them, all of them, no rows."""
+    x, y = make_logits(300, 12, dtype), make_labels(300, 12)
+    y[::7] = -100
+    x[::7] = NAN
+    weights, by_class = np.arange(300) % 5 / 4, np.arange(12) % 4 / 2
+    every = {"weights": weights, "class_weights": by_class}
+    for names in ((), ("weights",), ("class_weights",), ("weights", "class_weights")):
+        for reduction in ("none", "sum", "mean"):
+            check(nl.cross_entropy, x, y, reduction=reduction, **{name: every[name] for name in names})
+    check(nl.cross_entropy, x, np.full(300, -100))
+    check(nl.cross_entropy, x, y, weights=np.zeros(300))
+    check(nl.cross_entropy, x, y, weights=-weights)
+    check(nl.cross_entropy, x[:0], y[:0])
+    check(none, x[:0], y[:0])
+    check(nl.cross_entropy, x[1], y[1])
+    check(nl.token_logprobs, x, y)
+
+
+def test_totals_of_any_size():
+    """Sums that cancel, overflow or hold infinities; more than one block of the device adds."""
+    rng = np.random.default_rng(0)
+    x, y = make_logits(9000, 2), make_labels(9000, 2)
+    wide = np.ldexp(rng.standard_normal(9000), rng.integers(-300, 300, 9000))
+    for weights in (
+        rng.standard_normal(9000),
+        wide,
+        np.where(np.arange(9000) % 2, 1, -1) * 1e300,
+        np.full(9000, 1e308),
+    ):
+        for reduction in ("sum", "mean"):
+            check(nl.cross_entropy, x.astype(np.float64), y, weights=weights, reduction=reduction)
+    x[5, 1 - y[5]] = INF
+    check(nl.cross_entropy, x, y)
+
+
+@pytest.mark.parametrize("flags", ["TTFF", "FFTT", "TFFF", "FTFF", "FFTF", "FFFT", "FFFF"])
+def test_sequence_loss(flags):
+    at, ab, st, sb = (flag == "T" for flag in flags)
+    flags = dict(
+        zip(
+            ("average_across_timesteps", "average_across_batch", "sum_over_timesteps", "sum_over_batch"),
+            (at, ab, st, sb),
+        )
+    )
+    x, y = make_logits(77, 20).reshape(11, 7, 20), make_labels(77, 20).reshape(11, 7)
+    weights = (np.arange(77) % 3 / 2).reshape(11, 7).astype(np.float32)
+    weights[4] = 0
+    for w in (weights, np.asfortranarray(weights), np.zeros((11, 7))):
+        check(nl.sequence_loss, x, y, w, **flags)
+    soft = np.full(x.shape, 0.05, np.float32)
+    check(nl.sequence_loss, x, soft, weights, **flags)
+    check(nl.sequence_loss, x[:0], y[:0], weights[:0], **flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_sigmoid(dtype):
+    x = make_logits(6, 1100, dtype, scale=20)
+    x[0, :3], x[1, :2] = [INF, -INF, NAN], [INF, -INF]
+    z = (np.arange(6600) % 5 / 4).reshape(6, 1100).astype(np.float32)
+    for labels, logits in ((z, x), (z.T, x.T), (z[:, ::2], x[:, ::2]), (z[0], x[0])):
+        check(nl.sigmoid_cross_entropy_with_logits, labels, logits)
+        for weight in (3.0, np.float32(0.5), np.full(logits.shape, 1.5, np.float32), z[:1, : logits.shape[-1]]):
+            if np.ndim(weight) <= logits.ndim:
+                check(nl.weighted_cross_entropy_with_logits, labels, logits, weight)
+    check(nl.sigmoid_cross_entropy_with_logits, z[0, 0], x[0, 0].reshape(()))
+
+
+# -- Evaluation ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluation():
+    """On the device the same words; batches from either side; merged; what is out of range is found at the end."""
+    x, y = make_logits(900, 6), make_labels(900, 6)
+    y[::11] = -100
+    weights = np.arange(900) % 5 / 4
+    expected = nl.Evaluation().update(x, y, weights).update(x[:100], y[:100])
+    got = ConvertedEvaluation().update(x, y, weights)
+    assert got.update(x[:100], y[:100]).to_json() == expected.to_json()
+    mixed = nl.Evaluation().update(x[:100], y[:100]).update(host.to_cupy(x), host.to_cupy(y), host.to_cupy(weights))
+    assert mixed.result() == expected.result()
+    merged = nl.Evaluation().merge(ConvertedEvaluation().update(x, y, weights))
+    assert merged.update(x[:100], y[:100]).to_json() == expected.to_json()
+    assert json.loads(got.to_json())["tokens"] == expected.result().tokens
+    with pytest.raises(ValueError, match=r"targets: .* got 2 out of range"):
+        ConvertedEvaluation().update(x[:3], np.array([1, 6, -5])).result()
+    with pytest.raises(ValueError, match=r"weights: .* got 2 others"):
+        ConvertedEvaluation().update(x[:3], y[:3], np.array([1, -1, NAN])).result()
+
+
+# -- behaviour -----------------------------------------------------------------------------------------------------
+
+
+def test_kernels_of_a_call():
+    """Launches of the usual calls: one for losses, one for their total, none for conversions; and for few rows of many
+    classes one for the chunks."""
+    if ON_DEVICE:
+        pytest.skip("launches are counted on the host")
+    x, y = make_logits(20, 200), make_labels(20, 200).astype(np.int32)
+    weights, wide = np.ones(20, np.float32), make_logits(1, 20_000, BFLOAT16)
+    for expected, call in (
+        (["_sparse_xent"], lambda: on_cupy(nl.sparse_softmax_cross_entropy_with_logits, y, x)),
+        (["_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights)),
+        (["_sparse_xent", "_scale"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights, reduction="none")),
+        (["_narrow_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x[:, :100], np.minimum(y, 99))),
+        (["_score"], lambda: on_cupy(nl.score_tokens, x, y, rank=True, entropy=True)),
+        (["_score", "_add_tokens"], lambda: ConvertedEvaluation().update(x, y)),
+        (["_chunk_sums", "_join_sums"], lambda: on_cupy(nl.token_logprobs, wide, y[:1])[:0]),
+    ):
+        launches = []
+        with host.on_host(launches=launches):
+            call()
+        names = [name for name, _, _ in launches if name != "_negate"]
+        assert names == expected
+
+
+def test_results_are_cupy_arrays():
+    x, y = host.to_cupy(make_logits(4, 5)), host.to_cupy(make_labels(4, 5))
+    for result in (
+        nl.cross_entropy(x, y),
+        nl.cross_entropy(x, y, reduction="none"),
+        nl.softmax(x),
+        *nl.score_tokens(x, y)[:3],
+    ):
+        assert isinstance(result, cupy.ndarray)
+    assert nl.cross_entropy(x, y).shape == ()
+    assert nl.cross_entropy(x, [0, 1, 2, -100], weights=2.0).dtype == np.float32
+    assert nl.weighted_cross_entropy_with_logits(x, x, 3).shape == (4, 5)
+
+
+def test_numpy_and_cupy_do_not_mix():
+    x, y = make_logits(4, 5), make_labels(4, 5)
+    with pytest.raises(TypeError, match="targets: expected a CuPy array as logits is, got a NumPy array"):
+        nl.cross_entropy(host.to_cupy(x), y)
+    with pytest.raises(TypeError, match="logits: expected a CuPy array as targets is"):
+        nl.cross_entropy(x, host.to_cupy(y))
+    with pytest.raises(TypeError, match="weights"):
+        nl.cross_entropy(host.to_cupy(x), host.to_cupy(y), weights=np.ones(4))
+    with pytest.raises(TypeError, match="labels"):
+        nl.sigmoid_cross_entropy_with_logits(x, host.to_cupy(x))
+
+
+def test_errors_are_those_of_numpy():
+    x, y = make_logits(4, 5), make_labels(4, 5)
+    for arguments in ((x, y[:3]), (x.astype(np.int32), y), (x, y.astype(np.complex64)), (x[:, :0], y)):
+        messages = []
+        for convert in (np.asarray, host.to_cupy):
+            with pytest.raises((TypeError, ValueError)) as error:
+                nl.cross_entropy(*map(convert, arguments))
+            messages.append((error.type, str(error.value)))
+        assert messages[0] == messages[1]
+
+
+# -- twins ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["softmax", "sigmoid", "totals"])
+def test_twins_share_names(family):
+    """Whatever the public functions call exists in both backends, with the same parameters."""
+    cpu, cuda = (__import__(f"numbaloss.{name}.{family}", fromlist=["x"]) for name in ("cpu", "cuda"))
+    used = set()
+    for module in (nl.softmax, nl.sigmoid, nl.sequence, nl.totals):
+        source = inspect.getsource(inspect.getmodule(module) if inspect.isfunction(module) else module)
+        used |= {name for name in vars(cpu) if f".{name}(" in source or f".{name} " in source}
+    used = {name for name in used if name in vars(cpu) and hasattr(vars(cpu)[name], "function")}
+    for name in used - ({"round_total", "merge"} if family == "totals" else set()):
+        ours = list(inspect.signature(vars(cpu)[name].function).parameters)[1:]
+        theirs = list(inspect.signature(vars(cuda)[name]).parameters)[2:]
+        assert ours == theirs, name
+    assert used

@@ -1,0 +1,244 @@
+"""The executor finds what it says it finds, and the twins of the CUDA intrinsics do what the intrinsics do.
+
+Most intrinsics are plain LLVM code, so the CPU can run them: that is what their twins are compared with.
+"""
+
+import numpy as np
+import pytest
+from common import DTYPES
+
+pytest.importorskip("cupy", reason="CuPy is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pytest.importorskip("greenlet", reason="greenlet is not installed")
+
+import cuda_on_host as host
+import simt
+from numba import cuda, njit, types
+from numba.core.errors import NumbaError
+
+from numbaloss import _scalar, _typed
+from numbaloss._vector import splat
+from numbaloss.cuda import _memory
+from numbaloss.cuda._memory import load, store
+
+WIDTH = 16
+ZERO = np.float32(0)
+ALL = 0xFFFFFFFF
+
+
+def run(kernel, threads, *args, blocks=1, order=None):
+    simt.launch(cuda.jit(kernel), blocks, threads, args, order)
+
+
+@pytest.fixture
+def room():
+    """(address, float32 array) of 64 items that kernels may touch."""
+    raw = np.zeros(64, np.float32)
+    return simt.MEMORY.add(raw), raw
+
+
+# -- the executor --------------------------------------------------------------------------------------------------
+
+
+def test_barrier_that_a_thread_misses(room):
+    def kernel(address):
+        if cuda.threadIdx.x != 5:
+            cuda.syncthreads()
+
+    with pytest.raises(simt.SimError, match="1 of 64 threads have ended"):
+        run(kernel, 64, room[0])
+
+
+def test_different_barriers(room):
+    def kernel(address):
+        if cuda.threadIdx.x < 32:
+            cuda.syncthreads()
+        else:
+            cuda.syncwarp()
+            cuda.shfl_sync(ALL, 1, 0) if cuda.laneid < 16 else cuda.syncthreads()
+
+    with pytest.raises(simt.SimError, match="wait for different things"):
+        run(kernel, 64, room[0])
+
+
+def test_shuffle_without_a_thread(room):
+    def kernel(address):
+        if cuda.laneid != 7:
+            cuda.shfl_xor_sync(ALL, 1, 1)
+
+    with pytest.raises(simt.SimError, match="has ended"):
+        run(kernel, 32, room[0])
+
+
+def test_reads_and_writes_outside(room):
+    def reads(address):
+        load(ZERO, address + 4 * 64)
+
+    def writes(address):
+        store(address - 4, ZERO)
+
+    def unaligned(address):
+        load(ZERO, address + 2)
+
+    for kernel in (reads, writes):
+        with pytest.raises(simt.SimError, match="outside of all arrays"):
+            run(kernel, 1, room[0])
+    with pytest.raises(simt.SimError, match="no multiple of 4"):
+        run(unaligned, 1, room[0])
+
+
+def test_shared_memory_is_not_zero(room):
+    def kernel(address):
+        shared = cuda.shared.array(4, types.float32)
+        if cuda.threadIdx.x == 0:
+            shared[0] = ZERO
+        store(address, shared[0])
+        store(address + 4, shared[1])
+
+    run(kernel, 1, room[0])
+    assert room[1][0] == 0 and np.isnan(room[1][1])
+
+
+def test_missing_barrier_shows_in_some_order(room):
+    def kernel(address):
+        shared = cuda.shared.array(64, types.float32)
+        shared[cuda.threadIdx.x] = np.float32(cuda.threadIdx.x)
+        store(address + 4 * cuda.threadIdx.x, shared[63 - cuda.threadIdx.x])
+
+    run(kernel, 64, room[0], order=1)
+    assert np.isnan(room[1]).any()
+
+
+def test_exchange_between_threads(room):
+    """What shuffles, shared memory and atomics give."""
+
+    def kernel(address):
+        x = np.float32(cuda.threadIdx.x)
+        for mask in (16, 8, 4, 2, 1):
+            x += cuda.shfl_xor_sync(ALL, x, mask)
+        shared = cuda.shared.array(2, types.float32)
+        if cuda.laneid == 0:
+            shared[cuda.threadIdx.x >> 5] = x
+        cuda.syncthreads()
+        store(address + 4 * cuda.threadIdx.x, shared[1] - shared[0] + cuda.shfl_up_sync(ALL, x, 1) * ZERO)
+
+    for order in (None, 1, 2):
+        run(kernel, 64, room[0], order=order)
+        assert (room[1] == 32 * 32).all()
+
+
+# -- twins of the intrinsics ---------------------------------------------------------------------------------------
+
+
+def special(dtype, size):
+    """Numbers of all magnitudes, subnormals, zeros of both signs, infinities; no NaN, whose bits may change."""
+    bits = np.random.default_rng(0).integers(0, 2**16, size * dtype.itemsize // 2, dtype=np.uint16)
+    x = bits.view(dtype).copy()
+    x[x != x] = dtype.type(1)
+    x[:4] = [0.0, -0.0, np.inf, -np.inf]
+    return x
+
+
+@njit
+def items(v):
+    """The items of a Vector: what its butterflies leave, for the CPU has no other way to look into one."""
+    return v
+
+
+def stored(function, like, width=WIDTH):
+    """A compiled function of raw memory that writes the Vector `function(*args)` gives to memory."""
+    from numbaloss.cpu._memory import store as store_vector
+
+    @njit
+    def call(out, *args):
+        store_vector(out, function(*args))
+
+    def run(*args):
+        out = np.zeros(width, host.precision(like))
+        call(out.ctypes.data_as(host.ctypes.c_void_p).value, *args)
+        return out
+
+    return run
+
+
+def bits(x):
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_loads(dtype):
+    dtype = np.dtype(dtype)
+    raw = np.zeros(32768 + 64, np.uint8)
+    raw = raw[-raw.ctypes.data % 16 :][:32768]
+    raw.view(dtype)[:] = special(dtype, 32768 // dtype.itemsize)
+    address = simt.MEMORY.add(raw)
+    carrier = {"float16": np.int16(0), "bfloat16": np.uint16(0)}
+    like = carrier.get(dtype.name, dtype.type(0))
+    fill = host.precision(like)(-np.inf)
+    vector = stored(njit(lambda like, address: _memory.load_vector(like, address)), like)
+    assert np.array_equal(bits(vector(like, address)), bits(host.load_vector(like, address)))
+    part = stored(njit(lambda like, a, s, p, b, e, k, f: _memory.load_part(like, a, s, p, b, e, k, f)), like)
+    apart = stored(njit(lambda like, like_items, a, s, p, e: _memory.load_apart(like, like_items, a, s, p, e)), like)
+    for stride in (dtype.itemsize, 3 * dtype.itemsize):
+        for position, begin, end, skip in (
+            (0, 0, 600, -1),
+            (0, 3, 600, 5),
+            (8, 0, 270, 264),
+            (8, 9, 12, 11),
+            (16, 0, 16, -1),
+        ):
+            numbers = [np.int32(n) for n in (position, begin, end, skip)]
+            args = like, address, stride, *numbers, fill
+            assert np.array_equal(bits(part(*args)), bits(host.load_part(*args))), (stride, position, begin, end, skip)
+            args = like, like, address, stride, position, end
+            assert np.array_equal(bits(apart(*args)), bits(host.load_apart(*args)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_vectors(dtype):
+    from numbaloss.cpu._memory import load as load_16
+
+    zero = dtype(0)
+    x = special(np.dtype(dtype), WIDTH)
+    where = x.ctypes.data
+    n = 16 // x.itemsize
+
+    def vector():
+        return x.copy()
+
+    for count in range(n):
+        hidden = stored(njit(lambda zero, a, c: _memory.hide_first(zero, load_16(zero, a), c)), zero)
+        assert np.array_equal(bits(hidden(zero, where, np.int32(count))), bits(host.hide_first(zero, vector(), count)))
+    fold = stored(njit(lambda zero, a: _memory.fold_loads(zero, load_16(zero, a))), zero, n)
+    x[2:4] = 1
+    assert np.array_equal(bits(fold(zero, where)), bits(host.fold_loads(zero, vector())))
+    for half in (0, 1):
+        get = stored(njit(lambda zero, a, half=half: _memory.halves(load_16(zero, a))[half]), zero, 8)
+        assert np.array_equal(bits(get(zero, where)), bits(host.halves(vector())[half]))
+    joined = stored(njit(lambda zero, a: _memory.join(*_memory.halves(load_16(zero, a)))), zero)
+    assert np.array_equal(bits(joined(zero, where)), bits(host.join(*host.halves(vector()))))
+    key = njit(lambda zero, a: _memory.largest_key(load_16(zero, a)))
+    larger = njit(lambda zero, a, b: _memory.count_larger(load_16(zero, a), b))
+    for x[0] in (0, -0.0, 7, np.inf, -np.inf):
+        x[2:4] = x[0]
+        assert key(zero, where) == host.largest_key(vector())
+        for bound in (dtype(0), dtype(1), dtype(np.inf), dtype(-np.inf)):
+            assert larger(zero, where, bound) == host.count_larger(vector(), bound)
+    pick = stored(njit(lambda zero, a: _memory.unless_zero(load_16(zero, a), load_16(zero, a), splat(zero))), zero)
+    x[1:3] = [0, -0.0]
+    assert np.array_equal(bits(pick(zero, where)), bits(host.unless_zero(vector(), vector(), host.splat(zero))))
+
+
+def test_scalars_keep_their_types():
+    """A compiled function gives Python's float for float32: the executor must not take that for a float64."""
+    twin = simt.scalar_twin(_scalar.exponent_32)
+    assert type(twin(np.float32(3))) is np.float32
+    assert [type(x) for x in simt.scalar_twin(_scalar.frame_32)(np.float32(3), np.float32(127))] == [np.float32] * 2
+    assert type(simt.scalar_twin(_typed.as_result)(np.float32(0), 0.5)) is np.float32
+    assert type(simt.scalar_twin(_scalar.float_bits)(np.float32(1))) is np.int32
+
+
+def test_device_functions_take_no_float64_for_float32():
+    """What NumPy would let pass: Numba types are the compiler's, and test_cuda_sass.py compiles every kernel."""
+    with pytest.raises((NumbaError, TypeError, AttributeError)):
+        simt.scalar_twin(_scalar.fma)(np.float32(1), 1.0, np.float32(1))
