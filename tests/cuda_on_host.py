@@ -202,9 +202,9 @@ def far(like):
 
 
 @twin(_memory.load_part)
-def load_part(like, address, stride, position, begin, end, skip, fill):
+def load_part(like, address, stride, position, begin, end, skip):
     n, dtype = per_load(like), dtype_of(like)
-    result = np.full(WIDTH, fill, precision(like))
+    result = np.full(WIDTH, -np.inf, precision(like))
     for k, step in enumerate(far(like)):
         whole = stride == dtype.itemsize and begin <= position + far(like)[k // n * n] <= end - n
         if whole and k % n == 0:
@@ -212,7 +212,7 @@ def load_part(like, address, stride, position, begin, end, skip, fill):
             result[k : k + n] = widened(together)
         elif not whole and begin <= position + step < end:
             result[k] = widened(MEMORY.item(address + step * stride, dtype))[0]
-    result[position + far(like) == skip] = fill
+    result[position + far(like) == skip] = -np.inf
     return result
 
 
@@ -223,11 +223,6 @@ def load_apart(like, like_items, address, stride, position, end):
         if position + step < end:
             result[k] = widened(MEMORY.item(address + step * stride, dtype_of(like_items)))[0]
     return result
-
-
-@twin(_memory.hide_first)
-def hide_first(like, v, count):
-    return np.where(LANES < count, v.dtype.type(-np.inf), v)
 
 
 @twin(_memory.fold_loads)
@@ -278,7 +273,30 @@ def unless_zero(label, v, otherwise):
     return np.where(label == 0, otherwise, v)
 
 
-# -- functions of scalars that take vectors ----------------------------------------------------------------------
+# -- small functions that kernels call often: as compiled, but quicker ----------------------------------------------
+
+
+@twin(_typed.widen)
+def widen(x):
+    return x if isinstance(x, np.floating) else widened(np.array([x]))[0]
+
+
+@twin(_typed.item_size)
+def item_size(like):
+    return like.itemsize
+
+
+@twin(_typed.compute_zero)
+def compute_zero(like):
+    return np.float64(0) if isinstance(like, float) else np.float32(0)
+
+
+@twin(_typed.as_result)
+def as_result(like, x):
+    return np.float64(x) if isinstance(like, float) else np.float32(x)
+
+
+# -- functions of scalars that take vectors ------------------------------------------------------------------------
 
 _scalar_fma, _scalar_at_least, _scalar_term = (scalar_twin(f) for f in (_scalar.fma, _scalar.at_least, _typed.term))
 

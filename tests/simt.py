@@ -59,7 +59,7 @@ class Memory:
         forget = weakref.finalize(array, self._forget, start)
         forget.atexit = False
         view = np.ndarray(array.nbytes, np.uint8, buffer=(numba_buffer(array)))
-        self.ranges[start] = (array.nbytes, view)
+        self.ranges[start] = view
         return start
 
     def _forget(self, start):
@@ -72,10 +72,10 @@ class Memory:
             raise SimError(f"{size} bytes at {address:#x}, which is no multiple of {align}")
         i = bisect.bisect_right(self.starts, address) - 1
         if i >= 0:
-            start = self.starts[i]
-            length, view = self.ranges[start]
-            if address + size <= start + length:
-                return view[address - start : address - start + size]
+            offset = address - self.starts[i]
+            view = self.ranges[self.starts[i]]
+            if offset + size <= view.size:
+                return view[offset : offset + size]
         raise SimError(f"{size} bytes at {address:#x}, outside of all arrays")
 
     def item(self, address, dtype):

@@ -66,6 +66,13 @@ def check_all(logits, targets):
     check(nl.softmax_cross_entropy_with_logits, labels, logits)
 
 
+def check_most(logits, targets):
+    """check_all, but what takes long in the executor for rows of many classes only for the first."""
+    check(none, logits, targets)
+    few = slice(None) if logits.shape[-1] < 200 else slice(0, 3)
+    check_all(logits[few], targets[few])
+
+
 # -- the same bits -------------------------------------------------------------------------------------------------
 
 
@@ -97,10 +104,11 @@ def test_order_of_threads(dtype, order):
     if ON_DEVICE:
         pytest.skip("a device has an order of its own")
     with host.on_host(order):
-        for rows, classes in ((70, 5), (12, 130), (3, 1030), (2, 8200), (9, 8200)):
+        for rows, classes in ((3, 5), (2, 130), (2, 8200)):
             check_all(make_logits(rows, classes, dtype), make_labels(rows, classes))
-        x, y = make_logits(700, 3, dtype), make_labels(700, 3)
-        check(nl.cross_entropy, x, y, weights=np.arange(700) % 9 / 8)
+        check(none, make_logits(9, 8200, dtype), make_labels(9, 8200))
+        x, y = make_logits(70, 3, dtype), make_labels(70, 3)
+        check(nl.cross_entropy, x, y, weights=np.arange(70) % 9 / 8)
         evaluations = nl.Evaluation().update(x, y), ConvertedEvaluation().update(x, y)
         assert evaluations[0].to_json() == evaluations[1].to_json()
 
@@ -125,14 +133,14 @@ def test_many_classes(dtype):
     """[14] More chunks than warps; more than are joined at once."""
     for rows, classes in ((1, 65537), (4, 65537), (1, 151_936), (4, 151_936)):
         check(none, make_logits(rows, classes, dtype), make_labels(rows, classes))
-    rows = make_logits(4, 20_000, dtype)
+    rows = make_logits(4, 80_000, dtype)
     with pytest.MonkeyPatch.context() as patch:
         for module in host.modules():
             if hasattr(module, "PARTS"):
-                patch.setattr(module, "PARTS", 2)
+                patch.setattr(module, "PARTS", 8)
         for x in (rows, rows[:1]):
-            check(none, x, make_labels(len(x), 20_000))
-            check(scores, x, make_labels(len(x), 20_000))
+            check(none, x, make_labels(len(x), 80_000))
+        check(scores, rows[:1], make_labels(1, 80_000))
 
 
 @pytest.mark.parametrize("offset", range(8))
@@ -163,8 +171,8 @@ def test_layouts(layout):
 
 def test_axes():
     """Class axis first or in the middle; rows at two strides, and at three, which are copied piece by piece."""
-    x = make_logits(60, 140).reshape(5, 12, 140)
-    y = make_labels(60, 140).reshape(5, 12)
+    x = make_logits(24, 140).reshape(4, 6, 140)
+    y = make_labels(24, 140).reshape(4, 6)
     for axis in (0, 1):
         moved = np.ascontiguousarray(np.moveaxis(x, -1, axis))
         check(none, moved, y, axis=axis)
@@ -173,8 +181,8 @@ def test_axes():
     check(none, x.swapaxes(0, 1), y.T)
     check(nl.logsumexp, x, axis=1, keepdims=True)
     if ON_DEVICE:
-        deep = x.reshape(5, 4, 3, 140)[::2, ::2, ::2]
-        check(none, deep, np.ascontiguousarray(y.reshape(5, 4, 3)[::2, ::2, ::2]))
+        deep = x.reshape(4, 3, 2, 140)[::2, ::2, ::2]
+        check(none, deep, np.ascontiguousarray(y.reshape(4, 3, 2)[::2, ::2, ::2]))
 
 
 # -- special values, labels, weights -------------------------------------------------------------------------------
@@ -192,23 +200,24 @@ def test_blocks_of_minus_infinity(classes, dtype):
                 rows.append(base.copy())
                 rows[-1][part] = -INF
                 labels.append(k if len(rows) % 4 else k - 1)
-    check_all(np.array(rows), np.array(labels))
+    check_most(np.array(rows), np.array(labels))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("classes", [5, 140, 1100, 8200])
+@pytest.mark.parametrize("classes", [5, 140, 8200])
 def test_nan_and_infinity(classes, dtype):
     """[2] At the first, the last, the target's and other positions; rows beside them keep their bits."""
     rows = [make_logits(1, classes, dtype)[0]]
     for value in (NAN, -NAN, INF):
-        for spot in (0, 1, classes // 2, classes - 1):
+        for spot in (0, classes // 2, classes - 1):
             rows.append(rows[0].copy())
             rows[-1][spot] = value
     rows.append(np.full(classes, -INF, dtype))
     rows[-1][1] = NAN
     x = np.array([*rows, rows[0]])
     for label in (0, classes - 1):
-        check_all(x, np.full(len(x), label))
+        check(none, x, np.full(len(x), label))
+    check_most(x, np.full(len(x), 1))
 
 
 @pytest.mark.parametrize("classes", [4, 150, 8200])
@@ -216,15 +225,16 @@ def test_far_and_confident(classes):
     """[3, 4] Shifts to 1e30, targets that lead or lag by far, a maximum that comes late."""
     base = make_logits(1, classes)[0]
     rows, labels = [], []
-    for shift in (0, 1e2, 1e4, 1e6, -1e6, 1.5e6, 1e8, 1e30, -1e30):
-        for lead in (0, 5, 17, 90, 300, -1e3, -1e5, -3e38):
+    for shift in (0, 1e3, 1e6, -1.5e6, 1e30):
+        for lead in (5, 17, 90, -1e3, -3e38):
             rows.append(base + np.float32(shift))
             labels.append(len(rows) % classes)
             rows[-1][labels[-1]] += np.float32(lead)
     late = np.full(classes, -200, np.float32)
     late[-1] = 100
-    check_all(np.array([*rows, late, late[::-1]]), np.array([*labels, 0, 0]))
-    check_all(np.array(rows, np.float64), np.array(labels))
+    check(none, np.array([*rows, late, late[::-1]]), np.array([*labels, 0, 0]))
+    check(none, np.array(rows, np.float64), np.array(labels))
+    check_most(np.array([*rows[::6], late, late[::-1]]), np.array([*labels[::6], 0, 0]))
 
 
 BAD = [-1, -101, 2**31, 2**32 + 3, -(2**63), 2**63 - 1]
@@ -237,7 +247,7 @@ def test_labels_out_of_range(classes):
     y = np.array([*BAD, classes, classes + 1, 1])
     got = on_cupy(nl.cross_entropy, x, y, reduction="none")
     assert np.isnan(got[:-1]).all() and np.isfinite(got[-1])
-    check_all(x, y)
+    check_most(x, y)
     assert np.isnan(on_cupy(nl.cross_entropy, x, y))
     with pytest.raises(ValueError, match=rf"targets: expected values in \[0, {classes}\), got -1 at position \(0,\)"):
         on_cupy(nl.cross_entropy, x, y, check_labels="raise")
@@ -298,13 +308,13 @@ def test_reductions(dtype):
 def test_totals_of_any_size():
     """Sums that cancel, overflow or hold infinities; more than one block of the device adds."""
     rng = np.random.default_rng(0)
-    x, y = make_logits(9000, 2), make_labels(9000, 2)
-    wide = np.ldexp(rng.standard_normal(9000), rng.integers(-300, 300, 9000))
+    x, y = make_logits(5000, 2), make_labels(5000, 2)
+    wide = np.ldexp(rng.standard_normal(5000), rng.integers(-300, 300, 5000))
     for weights in (
-        rng.standard_normal(9000),
+        rng.standard_normal(5000),
         wide,
-        np.where(np.arange(9000) % 2, 1, -1) * 1e300,
-        np.full(9000, 1e308),
+        np.where(np.arange(5000) % 2, 1, -1) * 1e300,
+        np.full(5000, 1e308),
     ):
         for reduction in ("sum", "mean"):
             check(nl.cross_entropy, x.astype(np.float64), y, weights=weights, reduction=reduction)
@@ -333,15 +343,15 @@ def test_sequence_loss(flags):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_sigmoid(dtype):
-    x = make_logits(6, 1100, dtype, scale=20)
+    x = make_logits(3, 1100, dtype, scale=20)
     x[0, :3], x[1, :2] = [INF, -INF, NAN], [INF, -INF]
-    z = (np.arange(6600) % 5 / 4).reshape(6, 1100).astype(np.float32)
+    z = (np.arange(3300) % 5 / 4).reshape(3, 1100).astype(np.float32)
     for labels, logits in ((z, x), (z.T, x.T), (z[:, ::2], x[:, ::2]), (z[0], x[0])):
         check(nl.sigmoid_cross_entropy_with_logits, labels, logits)
         for weight in (3.0, np.float32(0.5), np.full(logits.shape, 1.5, np.float32), z[:1, : logits.shape[-1]]):
             if np.ndim(weight) <= logits.ndim:
                 check(nl.weighted_cross_entropy_with_logits, labels, logits, weight)
-    check(nl.sigmoid_cross_entropy_with_logits, z[0, 0], x[0, 0].reshape(()))
+    check(nl.sigmoid_cross_entropy_with_logits, z[0, :1].reshape(()), x[0, :1].reshape(()))
 
 
 # -- Evaluation ----------------------------------------------------------------------------------------------------
@@ -349,16 +359,16 @@ def test_sigmoid(dtype):
 
 def test_evaluation():
     """On the device the same words; batches from either side; merged; what is out of range is found at the end."""
-    x, y = make_logits(900, 6), make_labels(900, 6)
+    x, y = make_logits(90, 6), make_labels(90, 6)
     y[::11] = -100
-    weights = np.arange(900) % 5 / 4
-    expected = nl.Evaluation().update(x, y, weights).update(x[:100], y[:100])
+    weights = np.arange(90) % 5 / 4
+    expected = nl.Evaluation().update(x, y, weights).update(x[:20], y[:20])
     got = ConvertedEvaluation().update(x, y, weights)
-    assert got.update(x[:100], y[:100]).to_json() == expected.to_json()
-    mixed = nl.Evaluation().update(x[:100], y[:100]).update(host.to_cupy(x), host.to_cupy(y), host.to_cupy(weights))
+    assert got.update(x[:20], y[:20]).to_json() == expected.to_json()
+    mixed = nl.Evaluation().update(x[:20], y[:20]).update(host.to_cupy(x), host.to_cupy(y), host.to_cupy(weights))
     assert mixed.result() == expected.result()
     merged = nl.Evaluation().merge(ConvertedEvaluation().update(x, y, weights))
-    assert merged.update(x[:100], y[:100]).to_json() == expected.to_json()
+    assert merged.update(x[:20], y[:20]).to_json() == expected.to_json()
     assert json.loads(got.to_json())["tokens"] == expected.result().tokens
     with pytest.raises(ValueError, match=r"targets: .* got 2 out of range"):
         ConvertedEvaluation().update(x[:3], np.array([1, 6, -5])).result()

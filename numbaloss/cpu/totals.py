@@ -87,15 +87,15 @@ def total(values, labels, weights, class_weights, ignore_index, divisor):
         return values.dtype.type(_total_kernel(n, n, values, labels, weights, class_weights, ignore_index, divisor))
 
 
-def _row_totals(blocks, values, weights, items, row_step, step, divisor, totals):
-    """totals[r] = the total of values[r * row_step + i * step] for i < items, weighted and divided as in `total`."""
+def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals):
+    """totals[r] = the total of values[r * row_step + i * step] for i < count, weighted and divided as in `total`."""
     n = totals.size
     for block in prange(blocks):
         top, bottom = np.empty(WORDS, np.int64), np.empty(WORDS, np.int64)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             top[:] = 0
             bottom[:] = 0
-            for i in range(r * row_step, r * row_step + items * step, step):
+            for i in range(r * row_step, r * row_step + count * step, step):
                 if weights[i] != 0.0:
                     add_number(top, np.float64(values[i]) * weights[i])
                     add_number(bottom, 1.0 if divisor == NONZERO_OR_NONE else weights[i])

@@ -40,7 +40,6 @@ from ._memory import (
     count_larger,
     fold_loads,
     halves,
-    hide_first,
     join,
     largest_key,
     load,
@@ -50,7 +49,7 @@ from ._memory import (
 
 STEP = 512  # classes in the Vectors of a warp
 PARTS = 256  # chunks that a team joins at a time
-TEAMS = 8  # warps of a block, each with a row of its own, where a row is one chunk
+TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
 ALL = 0xFFFFFFFF
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the warp's chunk before it
 NO_GUESS = f32(np.nan)
@@ -115,7 +114,7 @@ def load_step(like, base, stride, p, begin, end, skip):
     at = base + position * stride
     if stride == item_size(like) and p >= begin and end - p >= STEP and not 0 <= skip - p < STEP:
         return load_vector(like, at)
-    return load_part(like, at, stride, position, begin, end, skip, minus_inf(like))
+    return load_part(like, at, stride, position, begin, end, skip)
 
 
 @device
@@ -156,8 +155,8 @@ def add_step(x, low, m, total, top):
 def chunk_terms(like, address, stride, size, skip, ref):
     """The sum of 2^(x * LOG2E - ref) over a chunk but for `skip`, and the chunk's largest exponent.
 
-    A round is 1024 positions. Most are whole; the first of an unaligned chunk hides what lies before it, and its eight
-    lanes at most that a ninth round would hold are added at the end.
+    A round is 1024 positions. The inner loop takes those that are whole; others are the first of an unaligned chunk,
+    the last, and the one that holds `skip`. Of a ninth round an unaligned chunk has eight lanes at most.
     """
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
@@ -165,25 +164,29 @@ def chunk_terms(like, address, stride, size, skip, ref):
     a, b, top = splat(ZERO), splat(ZERO), np.int32(0)
     position = np.int32(cuda.laneid * (16 // item_size(like)))
     at, step = base + position * stride, STEP * stride
+    whole = np.int32(end & -LANES) if stride == item_size(like) else np.int32(0)
+    apart = np.int32(skip & -LANES) if skip >= 0 else whole
     p = np.int32(0)
     while p < min(end, np.int32(CHUNK)):
-        if stride == item_size(like) and end - p >= LANES and not 0 <= skip - p < LANES:
+        stop = min(whole, apart) if p <= apart else whole
+        if p < begin:
+            stop = np.int32(0)
+        while p < stop:
             x, y = load_vector(like, at), load_vector(like, at + step)
-            if p < begin:
-                x = hide_first(like, x, begin if cuda.laneid == 0 else np.int32(0))
             a, top = add_step(x, low, m, a, top)
             b, top = add_step(y, low, m, b, top)
-        else:
-            a, top = add_step(
-                load_part(like, at, stride, np.int32(p + position), begin, end, skip, -INF), low, m, a, top
-            )
-            y = load_part(like, at + step, stride, np.int32(p + STEP + position), begin, end, skip, -INF)
-            b, top = add_step(y, low, m, b, top)
-        p = np.int32(p + LANES)
-        at += 2 * step
+            p = np.int32(p + LANES)
+            at += 2 * step
+        if p < min(end, np.int32(CHUNK)):
+            x = load_part(like, at, stride, np.int32(p + position), begin, end, skip)
+            a, top = add_step(x, low, m, a, top)
+            x = load_part(like, at + step, stride, np.int32(p + STEP + position), begin, end, skip)
+            b, top = add_step(x, low, m, b, top)
+            p = np.int32(p + LANES)
+            at += 2 * step
     if end > CHUNK:
         few, others = halves(a)
-        x = halves(load_part(like, at, stride, np.int32(p + position), begin, end, skip, -INF))[0]
+        x = halves(load_part(like, at, stride, np.int32(p + position), begin, end, skip))[0]
         few, top = add_step(x, low, m, few, top)
         a = join(few, others)
     top = warp_max(top)

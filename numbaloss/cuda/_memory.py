@@ -91,22 +91,35 @@ def _per_load(like):
     return 16 // (like.bitwidth // 8)
 
 
-def _load_16_bytes(context, builder, like, address):
-    """The logits in the 16 bytes at an address, widened."""
-    words = builder.load(_pointer(builder, address, ir.VectorType(_I32, 4)), align=16)
-    n = _per_load(like)
+def _load_words(builder, address):
+    """Sixteen bytes as four integers."""
+    return _items(builder, builder.load(_pointer(builder, address, ir.VectorType(_I32, 4)), align=16))
+
+
+def _widen_words(context, builder, like, words):
+    """The logits in sixteen bytes."""
     if like in (types.float32, types.float64):
-        items = builder.bitcast(words, ir.VectorType(_item(like), n))
-        return [builder.extract_element(items, _c32(i)) for i in range(n)]
+        packed = _pack(builder, words, ir.VectorType(_I32, 4))
+        return _items(builder, builder.bitcast(packed, ir.VectorType(_item(like), _per_load(like))))
     result = []
-    for i in range(4):
-        word = builder.extract_element(words, _c32(i))
+    for word in words:
         if like == types.uint16:
             result += [builder.shl(word, _c32(16)), builder.and_(word, _c32(-65536))]
         else:
             for half in (word, builder.lshr(word, _c32(16))):
                 result.append(widen_half(context, builder, builder.trunc(half, _I16)))
     return [builder.bitcast(x, _F32) for x in result]
+
+
+def _items(builder, v):
+    return [builder.extract_element(v, _c32(i)) for i in range(v.type.count)]
+
+
+def _phi(builder, *incoming):
+    result = builder.phi(incoming[0][0].type)
+    for value, block in incoming:
+        result.add_incoming(value, block)
+    return result
 
 
 def _pack(builder, items, kind):
@@ -135,60 +148,62 @@ def load_vector(typingctx, like, address):
     def codegen(context, builder, sig, args):
         items = []
         for g in range(WIDTH // _per_load(like)):
-            items += _load_16_bytes(context, builder, like, builder.add(args[1], ir.Constant(_I64, 512 * g)))
+            words = _load_words(builder, builder.add(args[1], ir.Constant(_I64, 512 * g)))
+            items += _widen_words(context, builder, like, words)
         return _pack(builder, items, vector_ir(sig.return_type))
 
     return _wide(like)(like, types.int64), codegen
 
 
 @intrinsic
-def load_part(typingctx, like, address, stride, position, begin, end, skip, fill):
+def load_part(typingctx, like, address, stride, position, begin, end, skip):
     """As load_vector for items `stride` bytes apart, the first at this position of its row. Items at positions outside
-    of [begin, end) and at `skip` are `fill`; the former are not touched. A load whose items are all inside is one."""
+    of [begin, end) and at `skip` are -inf; the former are not touched. A load whose items are all inside is one.
+
+    Items are put together as they lie in memory and widened at the end, so that no load waits for another.
+    """
     n, size = _per_load(like), like.bitwidth // 8
+    low = {types.uint16: 0xFF80, types.int16: 0xFC00}.get(like, -math.inf)
 
     def codegen(context, builder, sig, args):
-        _, address, stride, position, begin, end, skip, fill = args
+        _, address, stride, position, begin, end, skip = args
         close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
-        kind = vector_ir(sig.return_type)
+        low_item = ir.Constant(_item(like), low)
 
         def single(far):
             here = builder.add(position, _c32(far))
             inside = builder.and_(builder.icmp_signed(">=", here, begin), builder.icmp_signed("<", here, end))
             before = builder.block
             with builder.if_then(inside):
-                x = _load_item(context, builder, like, _step(builder, address, stride, far))
-                loaded = builder.block
-            result = builder.phi(kind.element)
-            result.add_incoming(fill, before)
-            result.add_incoming(x, loaded)
-            return result
+                where = _step(builder, address, stride, far)
+                x, loaded = builder.load(_pointer(builder, where, _item(like)), align=size), builder.block
+            return _phi(builder, (low_item, before), (x, loaded))
 
-        items = []
+        words = []
         for far in range(0, 32 * WIDTH, 32 * n):
-            where = _step(builder, address, stride, far)
             first = builder.add(position, _c32(far))
             last = builder.add(first, _c32(n))
             inside = builder.and_(builder.icmp_signed(">=", first, begin), builder.icmp_signed("<=", last, end))
             with builder.if_else(builder.and_(close, inside)) as (whole, part):
                 with whole:
-                    together, end_of_whole = _load_16_bytes(context, builder, like, where), builder.block
+                    together = _load_words(builder, _step(builder, address, stride, far))
+                    end_of_whole = builder.block
                 with part:
-                    apart = [single(far + i) for i in range(n)]
+                    apart = _pack(builder, [single(far + i) for i in range(n)], ir.VectorType(_item(like), n))
+                    apart = _items(builder, builder.bitcast(apart, ir.VectorType(_I32, 4)))
                     end_of_part = builder.block
-            for i in range(n):
-                x = builder.phi(kind.element)
-                x.add_incoming(together[i], end_of_whole)
-                x.add_incoming(apart[i], end_of_part)
-                items.append((far + i, x))
-        kept = []
-        for far, x in items:
-            skipped = builder.icmp_signed("==", builder.add(position, _c32(far)), skip)
-            kept.append(builder.select(skipped, fill, x))
-        return _pack(builder, kept, kind)
+            words += [_phi(builder, (x, end_of_whole), (y, end_of_part)) for x, y in zip(together, apart)]
+        items, result = [], vector_ir(sig.return_type)
+        for g in range(WIDTH // n):
+            items += _widen_words(context, builder, like, words[4 * g : 4 * g + 4])
+        for k, x in enumerate(items):
+            here = builder.add(position, _c32(k // n * 32 * n + k % n))
+            skipped = builder.icmp_signed("==", here, skip)
+            items[k] = builder.select(skipped, ir.Constant(x.type, -math.inf), x)
+        return _pack(builder, items, result)
 
-    wide, i64, i32 = _wide(like), types.int64, types.int32
-    return wide(like, i64, i64, i32, i32, i32, i32, wide.dtype), codegen
+    i64, i32 = types.int64, types.int32
+    return _wide(like)(like, i64, i64, i32, i32, i32, i32), codegen
 
 
 @intrinsic
@@ -210,30 +225,11 @@ def load_apart(typingctx, like, like_items, address, stride, position, end):
                 if x.type != kind.element:
                     x = (builder.fpext if kind.element == ir.DoubleType() else builder.fptrunc)(x, kind.element)
                 loaded = builder.block
-            item = builder.phi(kind.element)
-            item.add_incoming(ir.Constant(kind.element, 0.0), before)
-            item.add_incoming(x, loaded)
-            items.append(item)
+            items.append(_phi(builder, (ir.Constant(kind.element, 0.0), before), (x, loaded)))
         return _pack(builder, items, kind)
 
     i64 = types.int64
     return wide(like, like_items, i64, i64, i64, i64), codegen
-
-
-@intrinsic
-def hide_first(typingctx, like, v, count):
-    """v with its first `count` < PER_LOAD items replaced by -inf."""
-
-    def codegen(context, builder, sig, args):
-        _, result, count = args
-        low = ir.Constant(result.type.element, -math.inf)
-        for i in range(_per_load(like) - 1):
-            hidden = builder.icmp_signed(">", count, _c32(i))
-            x = builder.select(hidden, low, builder.extract_element(result, _c32(i)))
-            result = builder.insert_element(result, x, _c32(i))
-        return result
-
-    return v(like, v, types.int32), codegen
 
 
 def _part(builder, v, begin, end):
@@ -313,10 +309,6 @@ def butterfly(typingctx, x, mask):
         return _shuffle(builder, args[0], builder.trunc(args[1], _I32))
 
     return x(x, types.int64), codegen
-
-
-def _items(builder, v):
-    return [builder.extract_element(v, _c32(i)) for i in range(v.type.count)]
 
 
 def _key(builder, x):

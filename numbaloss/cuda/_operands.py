@@ -76,9 +76,10 @@ def label_at(labels, r):
 @device
 def weight_at(weights, r):
     """Weight r as float64; 1 where there are none."""
-    kind, at = weights[0], item_address(weights, r)
+    kind = weights[0]
     if kind == ABSENT:
         return 1.0
+    at = item_address(weights, r)
     if kind == FLOAT32:
         return np.float64(load(_f32, at))
     if kind == FLOAT64:

@@ -9,7 +9,17 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import CHUNK, at_least, fma, others_to_target, row_entropy, target_loss, target_lse
+from .._scalar import (
+    CHUNK,
+    at_least,
+    bits_float,
+    float_bits,
+    fma,
+    others_to_target,
+    row_entropy,
+    target_loss,
+    target_lse,
+)
 from .._typed import as_result, compute_zero, item_size, minus_inf, row_frame, softmax_frame, softmax_of, term, widen
 from .._vector import splat
 from ._chunks import (
@@ -38,6 +48,7 @@ NARROW = 128  # classes up to which a row is a thread's
 ROOM = 33 * 1024  # bytes of shared memory for the rows of a block's threads
 ROOM_32, ROOM_64 = ROOM // 4, ROOM // 8  # items
 THREADS = 32 * TEAMS
+RESIDENT = 4  # blocks of sparse_xent on a multiprocessor, as their registers allow
 
 
 def teams(items, classes):
@@ -61,12 +72,12 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range."""
     rows = with_known_stride(like, rows)
     arguments = like, rows, operand(labels), operand(weights), ignore_index
-    chunks, busy = -(-rows[5] // CHUNK), 4 * processors(loss)
+    chunks, resident = -(-rows[5] // CHUNK), RESIDENT * processors(loss)
     if chunks == 1:
-        group = min(32, max(1, items // (TEAMS * busy)))
+        group = min(32, -(-items // (TEAMS * resident)))  # rows a warp: all blocks at once, or many waves of them
         blocks = -(-items // (TEAMS * group))
         return launch(_sparse_xent.of(like), blocks, THREADS, loss, items, group, *arguments, address(loss))
-    if items * 2 >= busy:
+    if items >= resident // 2:
         return launch(_wide_sparse_xent.of(like), *teams(items, rows[5]), loss, items, *arguments, address(loss))
     parts = kept(cupy.empty((items, chunks, 2)))
     launch(_chunk_sums.of(like), items * chunks, 32, loss, items * chunks, *arguments, address(parts))
@@ -74,34 +85,46 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
 
 
 @device
-def target_of(like, rows, r, labels, weights, ignore_index):
-    """(address of row r or 0, its label, its target's logit); 0 for a row that is not to be summed, its logit then is
-    NaN if the label is out of range, or 0."""
+def row_of(like, rows, r, labels, weights, ignore_index):
+    """(address of row r, its label); (0, 0) if the label is out of range, (0, -1) if the row does not count."""
     if not counts(r, labels, weights, ignore_index):
-        return np.int64(0), np.int64(0), 0.0
-    y, address = label_at(labels, r), row_address(rows, r)
+        return np.int64(0), np.int64(-1)
+    y = label_at(labels, r)
     if not 0 <= y < rows[5]:
-        return np.int64(0), y, np.nan
-    return address, y, np.float64(widen(load(like, address + y * class_stride(like, rows))))
+        return np.int64(0), np.int64(0)
+    return row_address(rows, r), y
 
 
-@kernel(THREADS, 3, 2, 1)
+@device
+def target_of(like, rows, address, y):
+    """The logit of a target, by row_of; NaN for a label out of range, 0 for a row that does not count."""
+    if address == 0:
+        return np.nan if y == 0 else 0.0
+    return np.float64(widen(load(like, address + y * class_stride(like, rows))))
+
+
+@kernel(THREADS, RESIDENT, RESIDENT, 2)
 def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
-    """Rows of one chunk: a warp sums `group` rows one after the other, from a guess of the exponent by the one before,
-    and then thread i takes the logarithm for row i."""
+    """Rows of one chunk: thread i looks up label and target of row i; the warp sums `group` rows one after the other,
+    from a guess of the exponent by the one before; then thread i takes the logarithm for row i."""
     room = cuda.shared.array((3, THREADS), types.float64)
     lane, column = np.int32(cuda.laneid), np.int32(cuda.threadIdx.x & ~31)
     first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
     size = np.int32(min(group, items - first))
+    if lane < size:
+        address, y = row_of(like, rows, first + lane, labels, weights, ignore_index)
+        i = np.int32(column + lane)
+        room[0, i], room[1, i] = bits_float(address), bits_float(y)
+        room[2, i] = target_of(like, rows, address, y)
+    cuda.syncwarp()
     i, guess = np.int32(0), NO_GUESS
     while i < size:
-        address, y, x = target_of(like, rows, first + i, labels, weights, ignore_index)
-        if lane == 0:
-            room[2, column + i] = x
+        address, y = float_bits(room[0, column + i]), float_bits(room[1, column + i])
         s, c = 0.0, -np.inf
         if address != 0:
             s, c = chunk_sum(like, address, class_stride(like, rows), rows[5], y, guess)
             guess = guess_after(c)
+        cuda.syncwarp()
         if lane == 0:
             room[0, column + i], room[1, column + i] = s, c
         i = np.int32(i + 1)
@@ -112,19 +135,19 @@ def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
         store(at, loss_of(like, room[0, i], room[1, i], room[2, i]))
 
 
-@kernel(THREADS, 3, 2, 1)
+@kernel(THREADS, RESIDENT, RESIDENT, 2)
 def _wide_sparse_xent(items, like, rows, labels, weights, ignore_index, loss):
-    """Rows of many chunks: a block takes a row."""
-    room, target = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array(1, types.float64)
-    address, y, x = target_of(like, rows, np.int64(cuda.blockIdx.x), labels, weights, ignore_index)
+    """Rows of many chunks: a block takes a row. One thread looks the label up, and the target when all is summed."""
+    room, row = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array(2, types.int64)
     if cuda.threadIdx.x == 0:
-        target[0] = x  # not kept in registers: the sum needs them
+        row[0], row[1] = row_of(like, rows, np.int64(cuda.blockIdx.x), labels, weights, ignore_index)
+    cuda.syncthreads()
     s, c = 0.0, -np.inf
-    if address != 0:
-        s, c = row_sum(like, rows, address, y, NO_GUESS, room)
+    if row[0] != 0:
+        s, c = row_sum(like, rows, row[0], row[1], NO_GUESS, room)
     if cuda.threadIdx.x == 0:
         at = loss + np.int64(cuda.blockIdx.x) * item_size(compute_zero(like))
-        store(at, loss_of(like, s, c, target[0]))
+        store(at, loss_of(like, s, c, target_of(like, rows, row[0], row[1])))
 
 
 @kernel(32)
@@ -132,7 +155,7 @@ def _chunk_sums(items, like, rows, labels, weights, ignore_index, parts):
     """Few rows of many chunks: a warp sums a chunk."""
     chunks, task, stride = (rows[5] + CHUNK - 1) // CHUNK, np.int64(cuda.blockIdx.x), class_stride(like, rows)
     begin = task % chunks * CHUNK
-    address, y, _ = target_of(like, rows, task // chunks, labels, weights, ignore_index)
+    address, y = row_of(like, rows, task // chunks, labels, weights, ignore_index)
     s, c = 0.0, -np.inf
     if address != 0:
         size = min(np.int64(CHUNK), rows[5] - begin)
@@ -148,7 +171,8 @@ def _join_sums(items, parts, like, rows, labels, weights, ignore_index, loss):
     room = cuda.shared.array((3, PARTS), types.float64)
     lane, r = np.int64(cuda.laneid), np.int64(cuda.blockIdx.x)
     chunks = (rows[5] + CHUNK - 1) // CHUNK
-    address, _, x = target_of(like, rows, r, labels, weights, ignore_index)
+    address, y = row_of(like, rows, r, labels, weights, ignore_index)
+    x = target_of(like, rows, address, y)
     s, c = 0.0, -np.inf
     if address != 0:
         for first in range(0, chunks, PARTS):
@@ -187,42 +211,58 @@ def _room_of(like, room_32, room_64):
 @device
 def bring_rows(like, rows, first, size, pitch, room):
     """room[i * pitch + j] = logit j of row first + i, read so that neighbouring threads read neighbours."""
-    _, _, _, inner_stride, stride, classes = rows
+    _, inner, _, inner_stride, stride, classes = rows
     thread, threads = np.int64(cuda.threadIdx.x), np.int64(cuda.blockDim.x)
+    i, j = np.uint64(np.uint32(thread) // np.uint32(classes)), np.uint64(np.uint32(thread) % np.uint32(classes))
+    rows_on, classes_on = np.uint32(threads) // np.uint32(classes), np.uint32(threads) % np.uint32(classes)
     if abs(stride) > abs(inner_stride):
         if thread < size:
             address = row_address(rows, first + thread)
-            for j in range(classes):
-                room[thread * pitch + j] = widen(load(like, address + j * stride))
+            for k in range(np.uint64(classes)):
+                room[np.uint64(thread * pitch) + k] = widen(load(like, address))
+                address += stride
+    elif stride == item_size(like) and inner_stride == classes * stride and first + size <= inner:
+        begin = row_address(rows, first)
+        address, end = begin + thread * stride, begin + size * inner_stride
+        while address < end:
+            room[i * np.uint64(pitch) + j] = widen(load(like, address))
+            address += threads * stride
+            i, j = next_place(i, j, rows_on, classes_on, classes)
     else:
-        i, j = np.int32(thread) // np.int32(classes), np.int32(thread) % np.int32(classes)
-        rows_on, classes_on = np.int32(threads) // np.int32(classes), np.int32(threads) % np.int32(classes)
-        while i < size:
-            room[i * pitch + j] = widen(load(like, row_address(rows, first + i) + j * stride))
-            i, j = i + rows_on, j + classes_on
-            if j >= classes:
-                i, j = i + 1, j - classes
+        while np.int64(i) < size:
+            room[i * np.uint64(pitch) + j] = widen(load(like, row_address(rows, first + i) + np.int64(j) * stride))
+            i, j = next_place(i, j, rows_on, classes_on, classes)
     cuda.syncthreads()
+
+
+@device
+def next_place(i, j, rows_on, classes_on, classes):
+    """(row, class) of what a thread brings next."""
+    i, j = np.uint64(i + rows_on), np.uint64(j + classes_on)
+    if j >= np.uint64(classes):
+        i, j = np.uint64(i + np.uint64(1)), np.uint64(j - np.uint64(classes))
+    return i, j
 
 
 @device
 def few_sum(like, room, at, classes):
     """(s, c) of the row at room[at:], which it overwrites: the largest logit first, then a lane a class."""
+    at, classes, one = np.uint64(at), np.uint64(classes), np.uint64(1)
     high = room[at]
-    for j in range(1, classes):
+    for j in range(one, classes):
         high = at_least(room[at + j], high)
     m, low, shift, c = row_frame(high)
     zero = compute_zero(like)
-    half = 1
-    while 2 * half < classes:
-        half *= 2
+    half = one
+    while half + half < classes:
+        half = half + half
     for j in range(min(half, classes)):
         total = term(room[at + j] - shift, low, m, zero)[0]
-        if j < classes - half:
+        if j + half < classes:
             total = total + term(room[at + j + half] - shift, low, m, zero)[0]
         room[at + j] = total
-    while half > 1:
-        half >>= 1
+    while half > one:
+        half = half >> one
         for j in range(half):
             room[at + j] = room[at + j] + room[at + j + half]
     return np.float64(room[at]), np.float64(c)
