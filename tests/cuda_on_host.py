@@ -62,6 +62,19 @@ def to_cupy(x):
     return cupy.ndarray(x.shape, x.dtype, memptr=memory + (address - low), strides=x.strides)
 
 
+def far_apart(values, stride):
+    """A CuPy array of float32 whose rows lie `stride` bytes apart; what lies between is not touched."""
+    nbytes = stride * len(values)
+    if ON_DEVICE:
+        result = cupy.ndarray(values.shape, np.float32, cupy.cuda.alloc(nbytes), strides=(stride, 4))
+        result[...] = cupy.asarray(values)
+        return result
+    raw = np.zeros(nbytes, np.uint8)
+    np.ndarray(values.shape, np.float32, raw, strides=(stride, 4))[...] = values
+    memory = cupy.cuda.UnownedMemory(MEMORY.add(raw), nbytes, raw, device_id=0)
+    return cupy.ndarray(values.shape, np.float32, cupy.cuda.MemoryPointer(memory, 0), strides=(stride, 4))
+
+
 def to_numpy(x):
     """A copy of a CuPy array as a NumPy array."""
     return x.get() if ON_DEVICE else _view(x).copy()
@@ -197,8 +210,11 @@ def load_vector(like, address):
 
 
 def far(like):
-    n = per_load(like)
-    return LANES // n * 32 * n + LANES % n
+    """How far each item of a thread's vector lies from the first."""
+    return _FAR[per_load(like)]
+
+
+_FAR = {n: LANES // n * 32 * n + LANES % n for n in (2, 4, 8)}
 
 
 @twin(_memory.load_part)
@@ -223,6 +239,11 @@ def load_apart(like, like_items, address, stride, position, end):
         if position + step < end:
             result[k] = widened(MEMORY.item(address + step * stride, dtype_of(like_items)))[0]
     return result
+
+
+@twin(_memory.hide_first)
+def hide_first(like, v, count):
+    return np.where(LANES < count, v.dtype.type(-np.inf), v)
 
 
 @twin(_memory.fold_loads)

@@ -169,6 +169,15 @@ def test_layouts(layout):
             assert_same_bits(host.to_numpy(given), before)
 
 
+@pytest.mark.parametrize("classes", [5, 140, 8200])
+def test_strides_beyond_32_bits(classes):
+    """[13] Row index times stride."""
+    x, y = make_logits(3, classes), make_labels(3, classes)
+    given = host.far_apart(x, 2**31 + 64)
+    assert_same_bits(host.results(none(given, host.to_cupy(y))), none(x, y))
+    assert_same_bits(host.results(nl.logsumexp(given)), nl.logsumexp(x))
+
+
 def test_axes():
     """Class axis first or in the middle; rows at two strides, and at three, which are copied piece by piece."""
     x = make_logits(24, 140).reshape(4, 6, 140)

@@ -205,6 +205,9 @@ def test_vectors(dtype):
     def vector():
         return x.copy()
 
+    for count in range(n):
+        hidden = stored(njit(lambda zero, a, c: _memory.hide_first(zero, load_16(zero, a), c)), zero)
+        assert np.array_equal(bits(hidden(zero, where, np.int32(count))), bits(host.hide_first(zero, vector(), count)))
     fold = stored(njit(lambda zero, a: _memory.fold_loads(zero, load_16(zero, a))), zero, n)
     x[2:4] = 1
     assert np.array_equal(bits(fold(zero, where)), bits(host.fold_loads(zero, vector())))

@@ -40,6 +40,7 @@ from ._memory import (
     count_larger,
     fold_loads,
     halves,
+    hide_first,
     join,
     largest_key,
     load,
@@ -178,10 +179,14 @@ def chunk_terms(like, address, stride, size, skip, ref):
             p = np.int32(p + LANES)
             at += 2 * step
         if p < min(end, np.int32(CHUNK)):
-            x = load_part(like, at, stride, np.int32(p + position), begin, end, skip)
+            if p < begin and p < whole and p != apart:
+                x, y = load_vector(like, at), load_vector(like, at + step)
+                x = hide_first(like, x, begin if cuda.laneid == 0 else np.int32(0))
+            else:
+                x = load_part(like, at, stride, np.int32(p + position), begin, end, skip)
+                y = load_part(like, at + step, stride, np.int32(p + STEP + position), begin, end, skip)
             a, top = add_step(x, low, m, a, top)
-            x = load_part(like, at + step, stride, np.int32(p + STEP + position), begin, end, skip)
-            b, top = add_step(x, low, m, b, top)
+            b, top = add_step(y, low, m, b, top)
             p = np.int32(p + LANES)
             at += 2 * step
     if end > CHUNK:

@@ -232,6 +232,21 @@ def load_apart(typingctx, like, like_items, address, stride, position, end):
     return wide(like, like_items, i64, i64, i64, i64), codegen
 
 
+@intrinsic
+def hide_first(typingctx, like, v, count):
+    """v with its first `count` < PER_LOAD items replaced by -inf."""
+
+    def codegen(context, builder, sig, args):
+        _, v, count = args
+        items = _items(builder, v)
+        for i in range(_per_load(like) - 1):
+            hidden = builder.icmp_signed(">", count, _c32(i))
+            items[i] = builder.select(hidden, ir.Constant(items[i].type, -math.inf), items[i])
+        return _pack(builder, items, v.type)
+
+    return v(like, v, types.int32), codegen
+
+
 def _part(builder, v, begin, end):
     """Items [begin, end) of a vector, a scalar for one."""
     items = [builder.extract_element(v, _c32(i)) for i in range(begin, end)]
