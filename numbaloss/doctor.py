@@ -53,13 +53,17 @@ def _version(name):
 
 def _kernels():
     """Computes one loss whose value is known, large enough to run in parallel."""
-    import numpy as np
+    import numpy
 
+    yield _known_loss(numpy)
+
+
+def _known_loss(xp):
     from . import cross_entropy
 
-    loss = float(cross_entropy(np.zeros((64, 1024), np.float32), np.zeros(64, np.int64)))
-    good = abs(loss / math.log(1024) - 1) <= 4 * np.finfo(np.float32).eps
-    yield "compile and compute" if good else f"! expected a loss of {math.log(1024)}, got {loss}; please report this"
+    loss = float(cross_entropy(xp.zeros((64, 1024), "float32"), xp.zeros(64, "int64")))
+    good = abs(loss / math.log(1024) - 1) <= 4 * 2.0**-23
+    return "compile and compute" if good else f"! expected a loss of {math.log(1024)}, got {loss}; please report this"
 
 
 def _threads():
@@ -120,6 +124,11 @@ def _gpu():
         yield f"CuPy: {cupy.__version__}, built for CUDA {cupy.cuda.runtime.runtimeGetVersion() // 1000}"
     except Exception as error:  # without its libraries it fails in many ways
         yield f"! CuPy: cannot be imported: {' '.join(str(error).split())[:200]}; pip install '{extra}'"
+        return
+    numba_cuda = _version("numba-cuda")
+    yield f"numba-cuda: {numba_cuda}" if numba_cuda else f"! numba-cuda: missing; pip install '{extra}'"
+    if numba_cuda and devices:
+        yield f"kernels: {_known_loss(cupy)}"
 
 
 def _driver():

@@ -6,6 +6,8 @@ Without a GPU the arrays lie in host memory and simt.py runs the kernels; with o
 
 import inspect
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -449,6 +451,14 @@ def test_errors_are_those_of_numpy():
 
 
 # -- twins ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_module_imports_the_cuda_target():
+    """numba.cuda has a successor: what will have to change then is in one file."""
+    folder = pathlib.Path(inspect.getfile(host._launch)).parent
+    imports = re.compile(r"^\s*(from numba import .*\bcuda\b|from numba\.cuda|import numba\.cuda)", re.MULTILINE)
+    naming = {path.name for path in folder.glob("*.py") if imports.search(path.read_text())}
+    assert naming == {"_launch.py"}
 
 
 @pytest.mark.parametrize("family", ["softmax", "sigmoid", "totals"])

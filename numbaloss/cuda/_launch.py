@@ -12,8 +12,9 @@ from functools import cache
 import cupy
 from numba import cuda
 from numba.core.errors import NumbaPerformanceWarning
+from numba.cuda.models import register_model
 
-__all__ = ["cuda", "device", "kept", "kernel", "launch", "processors"]
+__all__ = ["cuda", "device", "kept", "kernel", "launch", "processors", "register_model"]
 
 _HELD = 1024  # configured launches
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -10,11 +10,11 @@ import math
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.cuda.models import register_model
 from numba.extending import intrinsic
 
 from .._scalar import widen_half
 from .._vector import WIDTH, Vector, VectorModel, vector_ir
+from ._launch import register_model
 
 _I1, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
 _F32 = ir.FloatType()

@@ -1,5 +1,7 @@
 """Labels, weights and other arrays with one item a row: how a kernel gets them as integers, and how it reads them."""
 
+from functools import cache
+
 import cupy
 import numpy as np
 
@@ -18,18 +20,23 @@ _i8, _u8, _i16, _u16 = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
 _i32, _u32, _i64, _f32, _f64 = np.int32(0), np.uint32(0), np.int64(0), np.float32(0), np.float64(0)
 
 
+@cache
+def _kind(dtype):
+    return KINDS[dtype.name]  # looking up the name takes as long as all the rest
+
+
 def operand(x):
     """(kind, address, inner, outer stride, inner stride): x has an item for each row, strides are in bytes, and x is
     read where it lies. The dtype is looked up while the kernel runs, once a row. None is a kind too."""
     if x is None:
         return ABSENT, 0, 1, 0, 0
     if x.flags.c_contiguous:
-        return KINDS[x.dtype.name], x.data.ptr, max(x.size, 1), 0, x.itemsize
+        return _kind(x.dtype), x.data.ptr, max(x.size, 1), 0, x.itemsize
     steps = row_steps(x.shape, x.strides)
     if steps is None or any(step % x.itemsize for step in (x.data.ptr, *steps[1:])):
         return operand(kept(cupy.ascontiguousarray(x)))  # CuPy gives its memory to later work on this stream only
     inner, inner_stride, outer_stride = steps
-    return KINDS[x.dtype.name], x.data.ptr, inner, outer_stride, inner_stride
+    return _kind(x.dtype), x.data.ptr, inner, outer_stride, inner_stride
 
 
 def with_known_stride(like, rows):
