@@ -111,6 +111,21 @@ def _max_nan(builder, x, low):
 
 
 @intrinsic
+def rounded_product(typingctx, a, b):
+    """a * b of float64, rounded: CUDA's compiler makes a product and the sum that it goes into one fma, where it can."""
+    if a != types.float64 or b != types.float64:
+        return None
+
+    def codegen(context, builder, sig, args):
+        if not on_cuda(builder):
+            return builder.fmul(*args)
+        kind = ir.FunctionType(_F64, [_F64, _F64])
+        return builder.call(ir.InlineAsm(kind, "mul.rn.f64 $0, $1, $2;", "=d,d,d"), args)
+
+    return a(a, b), codegen
+
+
+@intrinsic
 def float_bits(typingctx, x):
     """The bits of a float as a signed integer of its width."""
     if x == types.float32:
@@ -379,8 +394,8 @@ def merge_moments(s, c, b, s2, c2, b2):
     """merge for (s, c) with b as in row_entropy."""
     high = select(c >= c2, c, c2)
     w, w2 = exp_64(c - high), exp_64(c2 - high)
-    first = select(s == 0.0, 0.0, fma(s, c - high, b) * w)
-    second = select(s2 == 0.0, 0.0, fma(s2, c2 - high, b2) * w2)
+    first = select(s == 0.0, 0.0, rounded_product(fma(s, c - high, b), w))
+    second = select(s2 == 0.0, 0.0, rounded_product(fma(s2, c2 - high, b2), w2))
     return fma(s, w, s2 * w2), high, first + second
 
 

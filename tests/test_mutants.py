@@ -154,7 +154,7 @@ MUTANTS = {
         "cuda/_chunks.py",
         "whole = np.int32(end & -LANES)",
         "whole = np.int32((end + 1) & -LANES)",
-        "test_cuda.py::test_classes[1023-float32]",
+        "test_cuda.py::test_classes[2047-float32]",
     ),
     "CUDA: a class too few in the ninth round": (
         "cuda/_chunks.py",
