@@ -112,7 +112,7 @@ def _max_nan(builder, x, low):
 
 @intrinsic
 def rounded_product(typingctx, a, b):
-    """a * b of float64, rounded: CUDA's compiler makes a product and the sum that it goes into one fma, where it can."""
+    """a * b of float64, rounded: CUDA's compiler would make one fma of it and the sum that it goes into."""
     if a != types.float64 or b != types.float64:
         return None
 
