@@ -8,6 +8,7 @@ import inspect
 import json
 import pathlib
 import re
+import types
 
 import numpy as np
 import pytest
@@ -460,6 +461,22 @@ def test_errors_are_those_of_numpy():
                 nl.cross_entropy(*map(convert, arguments))
             messages.append((error.type, str(error.value)))
         assert messages[0] == messages[1]
+
+
+def test_a_device_that_is_too_old(monkeypatch):
+    device = types.SimpleNamespace(compute_capability="75")
+    monkeypatch.setattr(cupy.cuda, "Device", lambda number: device)
+    with pytest.raises(RuntimeError, match=r"device 3: expected compute capability 8.0 or later, got 7.5"):
+        host._launch._require(3)
+
+
+def test_cached_kernels_of_a_kernel_share_a_stamp():
+    """They share a file, which a second stamp would empty each time."""
+    from numbaloss.cuda.softmax import _sparse_xent
+
+    stamps = {str(form._cache._cache_file._source_stamp) for form in _sparse_xent._for_size.values()}
+    assert len(stamps) == 1
+    assert "_scalar.py" in stamps.pop()
 
 
 # -- twins ---------------------------------------------------------------------------------------------------------

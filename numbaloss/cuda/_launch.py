@@ -50,7 +50,7 @@ class Kernel:
         compiled = cuda.jit(launch_bounds=bounds)(self.py_func)
         try:
             compiled.enable_caching()
-            compiled._cache._cache_file._source_stamp = (_STAMP, bounds)
+            compiled._cache._cache_file._source_stamp = _STAMP
         except (RuntimeError, OSError, AttributeError):
             pass
         return compiled
@@ -80,13 +80,25 @@ def launch(kernel, blocks, threads, out, *args):
 
 
 def _configure(key):
-    kernel, blocks, threads, stream, _ = key
+    kernel, blocks, threads, stream, number = key
+    _require(number)
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", NumbaPerformanceWarning)  # small grids are meant to be small
         if len(_configured) >= _HELD:
             _configured.clear()
         _configured[key] = kernel[blocks, threads, cuda.external_stream(stream) if stream else 0]
     return _configured[key]
+
+
+@cache
+def _require(number):
+    """The instructions that keep NaN through a maximum came with Ampere."""
+    capability = cupy.cuda.Device(number).compute_capability
+    if int(capability) < 80:
+        raise RuntimeError(
+            f"device {number}: expected compute capability 8.0 or later, got {capability[:-1]}.{capability[-1]}; "
+            "pass NumPy arrays, as cupy.asnumpy gives them"
+        )
 
 
 @cache
