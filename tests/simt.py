@@ -252,6 +252,8 @@ class Launch:
 
 def launch(kernel, blocks, threads, args, order=None):
     """kernel[blocks, threads](*args); `order` seeds a shuffling of blocks and threads, None keeps them in order."""
+    if blocks < 1 or not 1 <= threads <= 1024:
+        raise SimError(f"{blocks} blocks of {threads} threads")
     now = Launch(blocks, threads)
     function = _rebuild(kernel.py_func, FakeCuda(now), {})
     chance = None if order is None else random.Random(order)

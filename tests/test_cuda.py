@@ -325,6 +325,9 @@ def test_reductions(dtype):
     check(nl.cross_entropy, x, y, weights=-weights)
     check(nl.cross_entropy, x[:0], y[:0])
     check(none, x[:0], y[:0])
+    check(none, x[:0], y[:0], weights=weights[:0])
+    check(nl.token_logprobs, x[:0], y[:0])
+    check(nl.softmax, x[:0])
     check(nl.cross_entropy, x[1], y[1])
     check(nl.token_logprobs, x, y)
 

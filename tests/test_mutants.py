@@ -139,7 +139,7 @@ MUTANTS = {
         "test_cuda.py::test_hashes_on_cupy[cross_entropy]",
     ),
     "CUDA: a missing barrier": (
-        "cuda/_chunks.py",
+        "cuda/_rows.py",
         "            k = np.int32(k + warps)\n        cuda.syncthreads()\n",
         "            k = np.int32(k + warps)\n",
         "test_cuda.py::test_order_of_threads[float32-1]",
@@ -169,7 +169,7 @@ MUTANTS = {
         "test_cuda.py::test_classes[129-float32]",
     ),
     "CUDA: a row index in 32 bits": (
-        "cuda/_chunks.py",
+        "cuda/_rows.py",
         "(r - outer * inner) * inner_stride",
         "np.int64(np.uint64((r - outer * inner) * inner_stride) & np.uint64(0x7FFFFFFF))",
         "test_cuda.py::test_strides_beyond_32_bits[140]",
@@ -187,7 +187,7 @@ MUTANTS = {
         "test_cuda.py::test_classes[9-float32]",
     ),
     "CUDA: an even pitch reads another row": (
-        "cuda/softmax.py",
+        "cuda/_columns.py",
         "        if j + half < classes:",
         "        if j + half <= classes:",
         "test_cuda.py::test_classes[9-float32]",

@@ -66,6 +66,8 @@ def kernel(threads, *blocks):
 
 def launch(kernel, blocks, threads, out, *args):
     """kernel[blocks, threads](*args) on the device of the array `out`, on CuPy's current stream there."""
+    if blocks == 0:
+        return 0
     current = cupy.cuda.runtime.getDevice()
     if out.device.id != current:
         with out.device:

@@ -5,10 +5,10 @@ from numba import types
 from numba.extending import overload
 
 from .._typed import as_result, binary_loss, compute_zero, exp_neg, item_size, log1p, widen
-from ._chunks import row_address
 from ._launch import cuda, device, kernel, launch
 from ._memory import load, store
 from ._operands import address
+from ._rows import row_address
 
 THREADS = 256
 TILE = 1024  # elements of a row that a block takes
