@@ -54,7 +54,9 @@ def bring_rows(like, rows, first, size, pitch, room):
             i, j = next_place(i, j, rows_on, classes_on, classes)
     else:
         while np.int64(i) < size:
-            room[i * np.uint64(pitch) + j] = widen(load(like, row_address(rows, first + i) + np.int64(j) * stride))
+            room[i * np.uint64(pitch) + j] = widen(
+                load(like, row_address(rows, first + np.int64(i)) + np.int64(j) * stride)
+            )
             i, j = next_place(i, j, rows_on, classes_on, classes)
     cuda.syncthreads()
 
