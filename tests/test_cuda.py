@@ -23,7 +23,10 @@ import cuda_on_host as host  # noqa: E402
 
 import numbaloss as nl  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities in the executor
+]
 
 INF, NAN = np.inf, np.nan
 ON_DEVICE = host.a_device_is_there()

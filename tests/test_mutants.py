@@ -186,7 +186,7 @@ MUTANTS = {
         "                x = np.float64(room[at + y])\n",
         "test_cuda.py::test_classes[9-float32]",
     ),
-    "CUDA: an even pitch reads another row": (
+    "CUDA: a class too many in a sum of few": (
         "cuda/_columns.py",
         "        if j + half < classes:",
         "        if j + half <= classes:",
