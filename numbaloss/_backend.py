@@ -25,14 +25,18 @@ def kernels(family, **arrays):
         TypeError: NumPy and CuPy arrays are mixed.
         ImportError: CuPy arrays, and no CUDA backend; says what to install.
     """
-    device = "cpu"
-    if "cupy" in sys.modules:
-        on_device = [name for name, x in arrays.items() if is_cupy(x)]
-        on_host = [name for name, x in arrays.items() if isinstance(x, np.ndarray)]
-        if on_device and on_host:
-            raise TypeError(f"{on_host[0]}: expected a CuPy array as {on_device[0]} is, got a NumPy array")
-        device = "cuda" if on_device else "cpu"
-    return _module(device, family)
+    cupy = sys.modules.get("cupy")
+    if cupy is None:
+        return _module("cpu", family)
+    on_device = on_host = None
+    for name, x in arrays.items():
+        if isinstance(x, cupy.ndarray):
+            on_device = on_device or name
+        elif isinstance(x, np.ndarray):
+            on_host = on_host or name
+    if on_device and on_host:
+        raise TypeError(f"{on_host}: expected a CuPy array as {on_device} is, got a NumPy array")
+    return _module("cuda" if on_device else "cpu", family)
 
 
 @cache

@@ -176,12 +176,12 @@ def cross_entropy(
         by_class = _check.class_weights(class_weights, classes, _check.result_dtype(logits), logits)
         loss = _dense(family, logits, targets, axis, weights, by_class, "targets")
         factors = (None, weights, None, _check.NO_LABEL)
-    totals = kernels("totals", loss=loss)
-    flat = loss.reshape(-1)
+    if reduction == "none" and weights is None and class_weights is None:
+        return loss[()]
+    totals, flat = kernels("totals", loss=loss), loss.reshape(-1)
     if reduction != "none":
         return totals.total(flat, *factors, _check.FACTORS if reduction == "mean" else _check.NOTHING)
-    if weights is not None or class_weights is not None:
-        totals.scale(flat.size, flat.size, flat, *factors)
+    totals.scale(flat.size, flat.size, flat, *factors)
     return loss[()]
 
 

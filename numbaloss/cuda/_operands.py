@@ -16,6 +16,8 @@ KINDS = {name: kind for kind, name in enumerate(_NAMES, 1)}
 BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = KINDS.values()
 ABSENT = 0
 
+_KNOWN = {size: np.int32(size) for size in (2, 4, 8)}
+
 _i8, _u8, _i16, _u16 = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
 _i32, _u32, _i64, _f32, _f64 = np.int32(0), np.uint32(0), np.int64(0), np.float32(0), np.float64(0)
 
@@ -41,7 +43,7 @@ def operand(x):
 
 def with_known_stride(like, rows):
     """`rows` with the class stride as an int32 where classes lie side by side: a kernel of its own, that knows it."""
-    return (*rows[:4], np.int32(rows[4]), rows[5]) if rows[4] == like.itemsize else rows
+    return (*rows[:4], _KNOWN[rows[4]], rows[5]) if rows[4] == like.itemsize else rows
 
 
 def address(x):
