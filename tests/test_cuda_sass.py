@@ -173,7 +173,7 @@ def test_the_table_is_complete():
         assert len(table[name]) == len(inspect.signature(kernel.py_func).parameters), name
 
 
-# TODO: what does not fit into 255 registers: at most so many bytes of (stack, spill stores, spill loads), by bytes of a
+# Not right yet: what does not fit into 255 registers, with its bytes of (stack, spill stores, spill loads), by bytes of a
 # logit.
 SPILLS = {
     ("sm_90", "_dense_xent", 2, "strided"): (8, 8, 8),
