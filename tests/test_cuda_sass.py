@@ -173,7 +173,7 @@ def test_the_table_is_complete():
         assert len(table[name]) == len(inspect.signature(kernel.py_func).parameters), name
 
 
-# Not right yet: bytes of (stack, spill stores, spill loads) of what does not fit into 255 registers, by bytes of a logit.
+# Not right yet: bytes of (stack, spill stores, spill loads) that 255 registers do not hold, by bytes of a logit.
 SPILLS = {
     ("sm_90", "_dense_xent", 2, "strided"): (8, 8, 8),
     ("sm_90", "_dense_xent", 8, "close"): (48, 52, 72),
