@@ -1,7 +1,7 @@
 """The only file that knows there are two backends: the type of the arrays picks one."""
 
 import sys
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 
 import numpy as np
@@ -16,6 +16,22 @@ def is_cupy(x):
 def array_module(x):
     """NumPy, or CuPy for a CuPy array."""
     return sys.modules["cupy"] if is_cupy(x) else np
+
+
+def on_its_device(function):
+    """Decorator: CuPy arrays make their device the current one, so that results and scratch lie there too."""
+
+    @wraps(function)
+    def run(*args, **options):
+        cupy = sys.modules.get("cupy")
+        if cupy is not None:
+            first = next((x for x in (*args, *options.values()) if isinstance(x, cupy.ndarray)), None)
+            if first is not None and first.device.id != cupy.cuda.runtime.getDevice():
+                with cupy.cuda.Device(first.device.id):
+                    return function(*args, **options)
+        return function(*args, **options)
+
+    return run
 
 
 def kernels(family, **arrays):

@@ -1,10 +1,11 @@
 """tf.contrib.seq2seq's sequence loss."""
 
 from . import _check
-from ._backend import array_module, kernels
+from ._backend import array_module, kernels, on_its_device
 from .softmax import _dense, _sparse
 
 
+@on_its_device
 def sequence_loss(
     logits,
     targets,

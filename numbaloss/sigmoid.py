@@ -3,9 +3,10 @@
 import numpy as np
 
 from . import _check
-from ._backend import array_module, kernels
+from ._backend import array_module, kernels, on_its_device
 
 
+@on_its_device
 def sigmoid_cross_entropy_with_logits(labels=None, logits=None, name=None):
     """Cross entropy between sigmoid(logits) and labels, element by element.
 
@@ -28,6 +29,7 @@ def sigmoid_cross_entropy_with_logits(labels=None, logits=None, name=None):
     return _binary(labels, logits, None)
 
 
+@on_its_device
 def weighted_cross_entropy_with_logits(labels=None, logits=None, pos_weight=None, name=None, targets=None):
     """Sigmoid cross entropy whose positive part is weighted, element by element.
 

@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check
-from ._backend import array_module, is_cupy, kernels
+from ._backend import array_module, is_cupy, kernels, on_its_device
 
 _DEFAULT = object()
 
 
+@on_its_device
 def softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None, dim=None):
     """Cross entropy between softmax(logits) and class probabilities.
 
@@ -63,6 +64,7 @@ def _dense(family, logits, labels, axis, weights, class_weights, name):
     return loss
 
 
+@on_its_device
 def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check_labels="auto"):
     """Cross entropy between softmax(logits) and integer labels.
 
@@ -115,6 +117,7 @@ def _must_raise(bad, given, check_labels):
     return check_labels == "raise" if is_cupy(given) else bad and check_labels != "nan"
 
 
+@on_its_device
 def cross_entropy(
     logits,
     targets,
@@ -195,6 +198,7 @@ class TokenScores(NamedTuple):
     entropy: Any = None
 
 
+@on_its_device
 def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels="auto"):
     """The log-probability of each target: log softmax(logits)[target].
 
@@ -221,6 +225,7 @@ def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels=
     return loss[()]
 
 
+@on_its_device
 def score_tokens(logits, targets, *, rank=False, entropy=False, ignore_index=-100, axis=-1, check_labels="auto"):
     """What the logits say of each target, from one pass over them.
 
@@ -271,6 +276,7 @@ def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_la
     return TokenScores(*(None if field is None else field[()] for field in fields))
 
 
+@on_its_device
 def softmax(logits, axis=-1, name=None):
     """exp(logits) / sum(exp(logits)) along an axis.
 
@@ -291,6 +297,7 @@ def softmax(logits, axis=-1, name=None):
     return _normalized(logits, axis, False)
 
 
+@on_its_device
 def log_softmax(logits, axis=-1, name=None):
     """log(softmax(logits)) along an axis, right relatively also for the largest class.
 
@@ -315,6 +322,7 @@ def _normalized(logits, axis, logarithm):
     return array_module(x).moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
 
 
+@on_its_device
 def logsumexp(logits, axis=-1, keepdims=False):
     """log(sum(exp(logits))) along an axis, without overflow.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import _check
-from ._backend import array_module, is_cupy, kernels
+from ._backend import array_module, is_cupy, kernels, on_its_device
 
 
 class EvaluationResult(NamedTuple):
@@ -41,6 +41,7 @@ class Evaluation:
         self.ignore_index = _check.integer(ignore_index, "ignore_index")
         self._words = None  # once there is something to sum: a row of words for each sum, and one of counts (_exact)
 
+    @on_its_device
     def update(self, logits, targets, weights=None):
         """Add a batch; returns self. A batch that raises adds nothing.
 
@@ -65,6 +66,7 @@ class Evaluation:
         y = _check.labels(targets, logits.shape[:-1], "targets", logits)[0]
         return self.add(scores.logprob, scores.argmax, y, weights)
 
+    @on_its_device
     def add(self, logprob, argmax, targets, weights=None):
         """Add tokens that score_tokens has scored; returns self.
 

@@ -25,13 +25,31 @@ WIDTH, LANES = 16, np.arange(16)
 # -- arrays ------------------------------------------------------------------------------------------------------
 
 
+_current = [0]
+
+
+class Device:
+    """cupy.cuda.Device as far as it needs no driver."""
+
+    compute_capability = "90"
+
+    def __init__(self, number):
+        self.id = number
+
+    def __enter__(self):
+        _current.append(self.id)
+
+    def __exit__(self, *error):
+        _current.pop()
+
+
 def _allocate(nbytes):
     """Host memory at 256 bytes, as CuPy's allocator gives it, full of NaN; reads beyond its end are found."""
     raw = np.full(nbytes + 256, 0xFF, np.uint8)
     offset = -raw.ctypes.data % 256
     room = raw[offset : offset + max(nbytes, 1)]
     MEMORY.add(room)
-    memory = cupy.cuda.UnownedMemory(room.ctypes.data, max(nbytes, 1), room, device_id=0)
+    memory = cupy.cuda.UnownedMemory(room.ctypes.data, max(nbytes, 1), room, device_id=_current[-1])
     return cupy.cuda.MemoryPointer(memory, 0)
 
 
@@ -121,7 +139,8 @@ def on_host(order=None, launches=None):
             (cupy, "asarray", lambda x: x if isinstance(x, cupy.ndarray) else to_cupy(x)),
             (cupy, "ascontiguousarray", ascontiguousarray),
             (cupy.cuda, "get_current_stream", lambda: stream),
-            (cupy.cuda.runtime, "getDevice", lambda: 0),
+            (cupy.cuda, "Device", Device),
+            (cupy.cuda.runtime, "getDevice", lambda: _current[-1]),
             (_check, "on_host", lambda x: to_numpy(x) if isinstance(x, cupy.ndarray) else x),
             (_launch, "_configure", configure),
             (_launch, "_processors", lambda number: 2),

@@ -432,6 +432,19 @@ def test_kernels_of_a_call():
         assert names == expected
 
 
+@pytest.mark.skipif(ON_DEVICE and cupy.cuda.runtime.getDeviceCount() < 2, reason="one device")
+def test_another_device():
+    """[21] Arrays on device 1 while device 0 is current: results lie beside them, device 0 is current again."""
+    x, y = make_logits(2, 20_000), make_labels(2, 20_000)
+    with cupy.cuda.Device(1):
+        logits, targets = host.to_cupy(x), host.to_cupy(y)
+    for function in (none, nl.cross_entropy, nl.softmax, nl.logsumexp):
+        result = function(logits, targets) if function in (none, nl.cross_entropy) else function(logits)
+        assert result.device.id == 1
+    assert nl.Evaluation().update(logits, targets)._words.device.id == 1
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
 def test_results_are_cupy_arrays():
     x, y = host.to_cupy(make_logits(4, 5)), host.to_cupy(make_labels(4, 5))
     for result in (

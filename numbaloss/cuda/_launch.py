@@ -65,15 +65,10 @@ def kernel(threads, *blocks):
 
 
 def launch(kernel, blocks, threads, out, *args):
-    """kernel[blocks, threads](*args) on the device of the array `out`, on CuPy's current stream there."""
+    """kernel[blocks, threads](*args) on the current device, that of the array `out`, and CuPy's current stream."""
     if blocks == 0:
         return 0
-    current = cupy.cuda.runtime.getDevice()
-    if out.device.id != current:
-        with out.device:
-            return launch(kernel, blocks, threads, out, *args)
-    stream = cupy.cuda.get_current_stream().ptr
-    key = kernel, blocks, threads, stream, current
+    key = kernel, blocks, threads, cupy.cuda.get_current_stream().ptr, out.device.id
     start = _configured.get(key)
     if start is None:
         start = _configure(key)
