@@ -171,6 +171,8 @@ def test_cache_stamp_covers_the_whole_package():
 class FakeCupyArray:
     """Stands in for cupy.ndarray where CuPy is not installed."""
 
+    device = types.SimpleNamespace(id=0)
+
     def __init__(self, array):
         self.dtype, self.shape, self.ndim, self.size = array.dtype, array.shape, array.ndim, array.size
 
@@ -179,6 +181,7 @@ class FakeCupyArray:
 def cupy(monkeypatch):
     module = types.ModuleType("cupy")
     module.ndarray = FakeCupyArray
+    module.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDevice=lambda: 0))
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 

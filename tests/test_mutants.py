@@ -169,7 +169,7 @@ MUTANTS = {
         "test_cuda.py::test_classes[129-float32]",
     ),
     "CUDA: a row index in 32 bits": (
-        "cuda/_rows.py",
+        "cuda/_operands.py",
         "(r - outer * inner) * inner_stride",
         "np.int64(np.uint64((r - outer * inner) * inner_stride) & np.uint64(0x7FFFFFFF))",
         "test_cuda.py::test_strides_beyond_32_bits[140]",

@@ -13,10 +13,11 @@ import numba
 from numba import njit
 from numba.core.caching import NullCache
 
+from .._backend import package_stamp
+
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 _SMALL = 1 << 15  # elements
 BLOCKS_PER_THREAD = 8
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _busy = threading.Lock()
 _started = False
@@ -33,16 +34,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _package_stamp():
-    """Changes when any source file of the package does: Numba itself looks only at the file of the kernel."""
-    stamps = []
-    for folder in (_PACKAGE, os.path.join(_PACKAGE, "cpu")):
-        with os.scandir(folder) as files:
-            stamps += [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.name.endswith(".py")]
-    return tuple(sorted(stamps))
-
-
-_STAMP = _package_stamp()
+_STAMP = package_stamp("cpu")
 
 
 def _compile(function, parallel):

@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
+from .._check import NO_LABEL
 from .._scalar import (
     CHUNK,
     LANES,
@@ -33,7 +34,6 @@ from ._memory import TILE_BYTES, gather, out_of_line, prefetch, span, stack
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
-NO_LABEL = np.int64(-(2**63))
 SPLIT = 64  # with fewer rows than this, the chunks of a row go to different threads
 
 

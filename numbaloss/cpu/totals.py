@@ -4,11 +4,9 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._check import NONZERO_OR_NONE
+from .._check import NO_LABEL, NONZERO_OR_NONE
 from .._exact import CARRY_EVERY, WORDS, carry, number_words, quotient, round_sum
 from ._launch import Kernel
-
-NO_LABEL = np.int64(-(2**63))  # the ignore_index that ignores nothing
 
 
 @njit

@@ -4,7 +4,6 @@ Kernels get integers alone: an array as an argument would cost more host time th
 on CuPy's current stream and on the device of the arrays; nothing here waits for the device.
 """
 
-import os
 import threading
 import warnings
 from functools import cache
@@ -14,10 +13,11 @@ from numba import cuda
 from numba.core.errors import NumbaPerformanceWarning
 from numba.cuda.models import register_model
 
+from .._backend import package_stamp
+
 __all__ = ["cuda", "device", "kept", "kernel", "launch", "processors", "register_model"]
 
 _HELD = 1024  # configured launches
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _lock = threading.Lock()
 _configured = {}
 _captured = []
@@ -25,16 +25,7 @@ _captured = []
 device = cuda.jit(device=True)
 
 
-def _package_stamp():
-    """Changes when any source file of the package does: Numba itself looks only at the file of the kernel."""
-    stamps = []
-    for folder in (_PACKAGE, os.path.join(_PACKAGE, "cuda")):
-        with os.scandir(folder) as files:
-            stamps += [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.name.endswith(".py")]
-    return tuple(sorted(stamps))
-
-
-_STAMP = _package_stamp()
+_STAMP = package_stamp("cuda")
 
 
 class Kernel:

@@ -52,12 +52,18 @@ def address(x):
 
 
 @device
-def item_address(operand, r):
-    _, address, inner, outer_stride, inner_stride = operand
+def item_place(layout, r):
+    """The address of item r by (address, inner, outer stride, inner stride)."""
+    address, inner, outer_stride, inner_stride = layout
     outer = np.int64(0)
     if r >= inner:  # a division is a function call
         outer = r // inner
     return address + outer * outer_stride + (r - outer * inner) * inner_stride
+
+
+@device
+def item_address(operand, r):
+    return item_place(operand[1:], r)
 
 
 @device

@@ -23,6 +23,7 @@ from ._chunks import (
 )
 from ._launch import cuda, device
 from ._memory import butterfly, count_larger, load
+from ._operands import item_place
 
 PARTS = 256  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
@@ -52,11 +53,7 @@ def _class_stride(like, rows):
 
 @device
 def row_address(rows, r):
-    address, inner, outer_stride, inner_stride, _, _ = rows
-    outer = np.int64(0)
-    if r >= inner:  # a division is a function call
-        outer = r // inner
-    return address + outer * outer_stride + (r - outer * inner) * inner_stride
+    return item_place(rows[:4], r)
 
 
 @device
