@@ -7,13 +7,17 @@ from importlib import import_module
 
 import numpy as np
 
+_is_cupy = {}  # by type
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
 def is_cupy(x):
     """Whether x is a CuPy array; never imports CuPy, which must have been imported for one to exist."""
-    cupy = sys.modules.get("cupy")
-    return cupy is not None and isinstance(x, cupy.ndarray)
+    kind = type(x)
+    if kind not in _is_cupy:
+        cupy = sys.modules.get("cupy")
+        _is_cupy[kind] = cupy is not None and issubclass(kind, cupy.ndarray)
+    return _is_cupy[kind]
 
 
 def array_module(x):
@@ -26,12 +30,13 @@ def on_its_device(function):
 
     @wraps(function)
     def run(*args, **options):
-        cupy = sys.modules.get("cupy")
-        if cupy is not None:
-            first = next((x for x in (*args, *options.values()) if isinstance(x, cupy.ndarray)), None)
-            if first is not None and first.device.id != cupy.cuda.runtime.getDevice():
-                with cupy.cuda.Device(first.device.id):
-                    return function(*args, **options)
+        for x in (*args, *options.values()):
+            if is_cupy(x):
+                device = sys.modules["cupy"].cuda
+                if x.data.device_id != device.runtime.getDevice():
+                    with device.Device(x.data.device_id):
+                        return function(*args, **options)
+                break
         return function(*args, **options)
 
     return run
@@ -42,20 +47,21 @@ def kernels(family, **arrays):
 
     Raises:
         TypeError: NumPy and CuPy arrays are mixed.
+        ValueError: CuPy arrays on several devices.
         ImportError: CuPy arrays, and no CUDA backend; says what to install.
     """
-    cupy = sys.modules.get("cupy")
-    if cupy is None:
-        return _module("cpu", family)
-    on_device = on_host = None
+    first = on_host = None
     for name, x in arrays.items():
-        if isinstance(x, cupy.ndarray):
-            on_device = on_device or name
+        if is_cupy(x):
+            first = first or name
+            here, there = x.data.device_id, arrays[first].data.device_id
+            if here != there:
+                raise ValueError(f"{name}: expected an array on device {there} as {first} is, got one on device {here}")
         elif isinstance(x, np.ndarray):
             on_host = on_host or name
-    if on_device and on_host:
-        raise TypeError(f"{on_host}: expected a CuPy array as {on_device} is, got a NumPy array")
-    return _module("cuda" if on_device else "cpu", family)
+    if first and on_host:
+        raise TypeError(f"{on_host}: expected a CuPy array as {first} is, got a NumPy array")
+    return _module("cuda" if first else "cpu", family)
 
 
 def package_stamp(backend):

@@ -4,6 +4,7 @@ without a GPU. Anything that would ask a driver raises.
 
 import contextlib
 import ctypes
+import itertools
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -19,7 +20,7 @@ from numbaloss.cuda import _launch, _memory
 from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
 DTYPES = {np.int16: np.dtype(np.int16), np.uint16: np.dtype(np.uint16)}
-WIDTH, LANES = 16, np.arange(16)
+WIDTH, LANES = _memory.WIDTH, np.arange(_memory.WIDTH)
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------
@@ -120,12 +121,14 @@ def on_host(order=None, launches=None):
         yield
         return
 
-    def configure(key):
-        kernel, blocks, threads, _, _ = key
+    def compiled(kernel, first):
+        sizes = [len(x) if type(x) is tuple else None for x in first]
 
-        def start(*args):
+        def start(blocks, threads, stream, numbers):
             if launches is not None:
                 launches.append((kernel.py_func.__name__, blocks, threads))
+            rest = iter(numbers)
+            args = [next(rest) if n is None else tuple(itertools.islice(rest, n)) for n in sizes]
             simt.launch(kernel, blocks, threads, args, order)
 
         return start
@@ -142,7 +145,8 @@ def on_host(order=None, launches=None):
             (cupy.cuda, "Device", Device),
             (cupy.cuda.runtime, "getDevice", lambda: _current[-1]),
             (_check, "on_host", lambda x: to_numpy(x) if isinstance(x, cupy.ndarray) else x),
-            (_launch, "_configure", configure),
+            (_launch, "Compiled", compiled),
+            (_launch, "_compiled", {}),
             (_launch, "_processors", lambda number: 2),
         ):
             patches.enter_context(mock.patch.object(target, name, value))
@@ -222,33 +226,41 @@ def atomic_add(address, value):
     return before
 
 
+@twin(_memory.zeros)
+def zeros_like(like):
+    return np.zeros(WIDTH, precision(like))
+
+
 @twin(_memory.load_vector)
-def load_vector(like, address):
-    loads = [MEMORY.view(address + 512 * g, 16, 16) for g in range(WIDTH // per_load(like))]
+def load_vector(like, address, team):
+    loads = [MEMORY.view(address + 16 * int(team) * g, 16, 16) for g in range(WIDTH // per_load(like))]
     return widened(np.concatenate(loads).view(dtype_of(like)))
 
 
-def far(like):
+def far(like, team=32):
     """How far each item of a thread's vector lies from the first."""
-    return _FAR[per_load(like)]
-
-
-_FAR = {n: LANES // n * 32 * n + LANES % n for n in (2, 4, 8)}
+    n = per_load(like)
+    return LANES // n * int(team) * n + LANES % n
 
 
 @twin(_memory.load_part)
-def load_part(like, address, stride, position, begin, end, skip):
+def load_part(like, address, stride, position, begin, end, team):
     n, dtype = per_load(like), dtype_of(like)
     result = np.full(WIDTH, -np.inf, precision(like))
-    for k, step in enumerate(far(like)):
-        whole = stride == dtype.itemsize and begin <= position + far(like)[k // n * n] <= end - n
-        if whole and k % n == 0:
-            together = MEMORY.view(address + step * stride, 16, 16).view(dtype)
-            result[k : k + n] = widened(together)
-        elif not whole and begin <= position + step < end:
+    steps = far(like, team)
+    for k, step in enumerate(steps):
+        first = position + steps[k // n * n]
+        if stride == dtype.itemsize and begin <= first <= end - n:
+            if k % n == 0:
+                result[k : k + n] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
+        elif begin <= position + step < end:
             result[k] = widened(MEMORY.item(address + step * stride, dtype))[0]
-    result[position + far(like) == skip] = -np.inf
     return result
+
+
+@twin(_memory.hide)
+def hide(like, v, k, team):
+    return np.where(far(like, team) == k, v.dtype.type(-np.inf), v)
 
 
 @twin(_memory.load_apart)
@@ -258,11 +270,6 @@ def load_apart(like, like_items, address, stride, position, end):
         if position + step < end:
             result[k] = widened(MEMORY.item(address + step * stride, dtype_of(like_items)))[0]
     return result
-
-
-@twin(_memory.hide_first)
-def hide_first(like, v, count):
-    return np.where(LANES < count, v.dtype.type(-np.inf), v)
 
 
 @twin(_memory.fold_loads)
@@ -389,20 +396,6 @@ def select(condition, a, b):
     return a if condition else b
 
 
-@twin(_vector.splat)
-def splat(x):
-    return np.full(WIDTH, x)
-
-
 @twin(_vector.most_bits_of)
 def most_bits_of(v):
     return v[np.argmax(v.view(np.int32))]
-
-
-@twin(_vector.largest)
-def largest(v):
-    best = v
-    while best.size > 1:
-        a, b = best[: best.size // 2], best[best.size // 2 :]
-        best = np.where(a > b, a, b)
-    return best[0]

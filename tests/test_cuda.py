@@ -417,11 +417,13 @@ def test_kernels_of_a_call():
     x, y = make_logits(20, 200), make_labels(20, 200).astype(np.int32)
     weights, wide = np.ones(20, np.float32), make_logits(1, 20_000, BFLOAT16)
     for expected, call in (
-        (["_sparse_xent"], lambda: on_cupy(nl.sparse_softmax_cross_entropy_with_logits, y, x)),
-        (["_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights)),
-        (["_sparse_xent", "_scale"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights, reduction="none")),
+        (["_short_sparse_xent"], lambda: on_cupy(nl.sparse_softmax_cross_entropy_with_logits, y, x)),
+        (["_sparse_xent"], lambda: on_cupy(nl.sparse_softmax_cross_entropy_with_logits, y[:1], wide[:, :1030])),
+        (["_short_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights)),
+        (["_short_sparse_xent", "_scale"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights, reduction="none")),
         (["_narrow_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x[:, :100], np.minimum(y, 99))),
-        (["_score"], lambda: on_cupy(nl.score_tokens, x, y, rank=True, entropy=True)),
+        (["_score"], lambda: on_cupy(nl.score_tokens, x, y, rank=True)),
+        (["_score", "_entropy"], lambda: on_cupy(nl.score_tokens, x, y, entropy=True)),
         (["_score", "_add_tokens"], lambda: ConvertedEvaluation().update(x, y)),
         (["_chunk_sums", "_join_sums"], lambda: on_cupy(nl.token_logprobs, wide, y[:1])[:0]),
     ):

@@ -171,9 +171,8 @@ def test_cache_stamp_covers_the_whole_package():
 class FakeCupyArray:
     """Stands in for cupy.ndarray where CuPy is not installed."""
 
-    device = types.SimpleNamespace(id=0)
-
-    def __init__(self, array):
+    def __init__(self, array, device_id=0):
+        self.data = types.SimpleNamespace(device_id=device_id)
         self.dtype, self.shape, self.ndim, self.size = array.dtype, array.shape, array.ndim, array.size
 
 
@@ -192,6 +191,12 @@ def test_numpy_and_cupy_mixed(cupy):
         nl.cross_entropy(FakeCupyArray(x), y)
     with pytest.raises(TypeError, match=r"labels"):
         nl.sigmoid_cross_entropy_with_logits(FakeCupyArray(x), x)
+
+
+def test_arrays_on_two_devices(cupy):
+    x, y = example()
+    with pytest.raises(ValueError, match=r"targets: expected an array on device 0 as logits is, got one on device 1"):
+        nl.cross_entropy(FakeCupyArray(x), FakeCupyArray(y, 1))
 
 
 def test_cupy_without_the_cuda_backend(cupy, monkeypatch):

@@ -17,11 +17,9 @@ from numba import cuda, njit, types
 from numba.core.errors import NumbaError
 
 from numbaloss import _scalar, _typed
-from numbaloss._vector import splat
 from numbaloss.cuda import _memory
-from numbaloss.cuda._memory import load, store
+from numbaloss.cuda._memory import WIDTH, load, store
 
-WIDTH = 16
 ZERO = np.float32(0)
 ALL = 0xFFFFFFFF
 
@@ -175,58 +173,58 @@ def test_loads(dtype):
     address = simt.MEMORY.add(raw)
     carrier = {"float16": np.int16(0), "bfloat16": np.uint16(0)}
     like = carrier.get(dtype.name, dtype.type(0))
-    vector = stored(njit(lambda like, address: _memory.load_vector(like, address)), like)
-    assert np.array_equal(bits(vector(like, address)), bits(host.load_vector(like, address)))
-    part = stored(njit(lambda like, a, s, p, b, e, k: _memory.load_part(like, a, s, p, b, e, k)), like)
+    vector = stored(njit(lambda like, address, team: _memory.load_vector(like, address, team)), like)
+    part = stored(njit(lambda like, a, s, p, b, e, team: _memory.load_part(like, a, s, p, b, e, team)), like)
     apart = stored(njit(lambda like, like_items, a, s, p, e: _memory.load_apart(like, like_items, a, s, p, e)), like)
+    for team in (np.int32(8), np.int32(16), np.int32(32)):
+        assert np.array_equal(bits(vector(like, address, team)), bits(host.load_vector(like, address, team)))
     for stride in (dtype.itemsize, 3 * dtype.itemsize):
-        for position, begin, end, skip in (
-            (0, 0, 600, -1),
-            (0, 3, 600, 5),
-            (8, 0, 270, 264),
-            (8, 9, 12, 11),
-            (16, 0, 16, -1),
-        ):
-            numbers = [np.int32(n) for n in (position, begin, end, skip)]
-            args = like, address, stride, *numbers
-            assert np.array_equal(bits(part(*args)), bits(host.load_part(*args))), (stride, position, begin, end, skip)
+        for position, begin, end in ((0, 0, 1024), (0, 1, 600), (8, 0, 270), (8, 0, 12), (16, 0, 16), (0, 0, 0)):
+            for team in (8, 16, 32):
+                args = like, address, stride, *(np.int32(n) for n in (position, begin, end, team))
+                assert np.array_equal(bits(part(*args)), bits(host.load_part(*args))), args
             args = like, like, address, stride, position, end
             assert np.array_equal(bits(apart(*args)), bits(host.load_apart(*args)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_vectors(dtype):
-    from numbaloss.cpu._memory import load as load_16
-
     zero = dtype(0)
     x = special(np.dtype(dtype), WIDTH)
     where = x.ctypes.data
     n = 16 // x.itemsize
+    load_all = njit(lambda zero, a: _memory.load_vector(zero, a, np.int32(1)))
 
     def vector():
         return x.copy()
 
-    for count in range(n):
-        hidden = stored(njit(lambda zero, a, c: _memory.hide_first(zero, load_16(zero, a), c)), zero)
-        assert np.array_equal(bits(hidden(zero, where, np.int32(count))), bits(host.hide_first(zero, vector(), count)))
-    fold = stored(njit(lambda zero, a: _memory.fold_loads(zero, load_16(zero, a))), zero, n)
+    hide = stored(njit(lambda zero, a, k, team: _memory.hide(zero, load_all(zero, a), k, team)), zero)
+    for team in (np.int32(8), np.int32(32)):
+        for k in (-1, 0, 1, n - 1, n, team * n - 1, team * n, team * n + 1, 3 * team * n + n - 1, 32 * team):
+            expected = host.hide(zero, vector(), k, team)
+            assert np.array_equal(bits(hide(zero, where, np.int32(k), team)), bits(expected))
+    nothing = stored(njit(lambda zero: _memory.zeros(zero)), zero)
+    assert np.array_equal(bits(nothing(zero)), bits(host.zeros_like(zero)))
+    fold = stored(njit(lambda zero, a: _memory.fold_loads(zero, load_all(zero, a))), zero, n)
     x[2:4] = 1
     assert np.array_equal(bits(fold(zero, where)), bits(host.fold_loads(zero, vector())))
     for half in (0, 1):
-        get = stored(njit(lambda zero, a, half=half: _memory.halves(load_16(zero, a))[half]), zero, 8)
+        get = stored(njit(lambda zero, a, half=half: _memory.halves(load_all(zero, a))[half]), zero, WIDTH // 2)
         assert np.array_equal(bits(get(zero, where)), bits(host.halves(vector())[half]))
-    joined = stored(njit(lambda zero, a: _memory.join(*_memory.halves(load_16(zero, a)))), zero)
+    joined = stored(njit(lambda zero, a: _memory.join(*_memory.halves(load_all(zero, a)))), zero)
     assert np.array_equal(bits(joined(zero, where)), bits(host.join(*host.halves(vector()))))
-    key = njit(lambda zero, a: _memory.largest_key(load_16(zero, a)))
-    larger = njit(lambda zero, a, b: _memory.count_larger(load_16(zero, a), b))
+    key = njit(lambda zero, a: _memory.largest_key(load_all(zero, a)))
+    larger = njit(lambda zero, a, b: _memory.count_larger(load_all(zero, a), b))
     for x[0] in (0, -0.0, 7, np.inf, -np.inf):
         x[2:4] = x[0]
         assert key(zero, where) == host.largest_key(vector())
         for bound in (dtype(0), dtype(1), dtype(np.inf), dtype(-np.inf)):
             assert larger(zero, where, bound) == host.count_larger(vector(), bound)
-    pick = stored(njit(lambda zero, a: _memory.unless_zero(load_16(zero, a), load_16(zero, a), splat(zero))), zero)
+    pick = stored(
+        njit(lambda zero, a: _memory.unless_zero(load_all(zero, a), load_all(zero, a), _memory.zeros(zero))), zero
+    )
     x[1:3] = [0, -0.0]
-    assert np.array_equal(bits(pick(zero, where)), bits(host.unless_zero(vector(), vector(), host.splat(zero))))
+    assert np.array_equal(bits(pick(zero, where)), bits(host.unless_zero(vector(), vector(), host.zeros_like(zero))))
 
 
 def test_scalars_keep_their_types():

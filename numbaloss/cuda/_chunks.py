@@ -1,7 +1,7 @@
 """Sums of exponentials over a chunk of logits, by a warp.
 
-The 1024 lanes of a chunk are 32 a thread, two Vectors (see _memory), so that eight rounds of the warp read a chunk. A
-chunk that begins between two 16-byte boundaries is read from the boundary before it: lanes then are rotated, which the
+The 1024 lanes of a chunk are 32 a thread, a Vector (see _memory), so that eight rounds of the warp read a chunk. One
+that begins between two 16-byte boundaries is read from the boundary before it: lanes then are rotated, which the
 butterfly does not notice. Definitions are in docs/NUMERICS.md.
 """
 
@@ -29,22 +29,23 @@ from .._scalar import (
     power_of_two,
     select,
 )
-from .._typed import compute_zero, item_size, key_value, minus_inf, shifted_frame, term, widen
-from .._vector import largest, most_bits_of, splat
+from .._typed import compute_zero, item_size, key_value, minus_inf, row_frame, shifted_frame, term, widen
+from .._vector import most_bits_of
 from ._launch import cuda, device
 from ._memory import (
     butterfly,
     fold_loads,
     halves,
-    hide_first,
+    hide,
     join,
     largest_key,
     load,
     load_part,
     load_vector,
+    zeros,
 )
 
-STEP = 512  # classes in the Vectors of a warp
+WARP = np.int32(32)
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the warp's chunk before it
 NO_GUESS = f32(np.nan)
 
@@ -65,19 +66,21 @@ def exchange(v, mask):
 
 
 @device
-def fold_lanes(like, a, b):
-    """The butterfly over 1024 lanes: h = 512 and others between loads, then between threads, then within a load, whose
+def fold_lanes(like, v, team):
+    """The butterfly over the 32 * team lanes of a team: between loads, then between threads, then within a load, whose
     items lie in different threads by then."""
-    v = fold_loads(like, a + b)
-    v2 = exchange(v, 16)
-    v3 = exchange(v2, 8)
-    v4 = exchange(v3, 4)
-    v5 = exchange(v4, 2)
-    total = exchange(v5, 1)
-    mask = 16
-    while mask >= 2 * item_size(like):
-        total = total + butterfly(total, mask)
-        mask >>= 1
+    v1 = fold_loads(like, v)
+    v2 = exchange(v1, team >> 1)
+    v3 = exchange(v2, team >> 2)
+    total = exchange(v3, team >> 3)
+    for shift in (4, 5):
+        other = butterfly(total, team >> shift)
+        total = total + select(team >> shift != 0, other, compute_zero(like))
+    total = total + butterfly(total, team >> 1)
+    if item_size(like) <= 4:
+        total = total + butterfly(total, team >> 2)
+    if item_size(like) == 2:
+        total = total + butterfly(total, team >> 3)
     return np.float64(total)
 
 
@@ -89,13 +92,15 @@ def first_position(like, address, stride):
 
 
 @device
-def load_step(like, base, stride, p, begin, end, skip):
-    """This thread's logits among STEP positions from p on; -inf outside of [begin, end) and at `skip`."""
-    position = np.int32(p + cuda.laneid * (16 // item_size(like)))
+def load_step(like, base, stride, p, begin, end, skip, team):
+    """This thread's logits among 32 * team positions from p on; -inf outside of [begin, end) and at `skip`."""
+    position = np.int32(p + (cuda.laneid & (team - 1)) * (16 // item_size(like)))
     at = base + position * stride
-    if stride == item_size(like) and p >= begin and end - p >= STEP and not 0 <= skip - p < STEP:
-        return load_vector(like, at)
-    return load_part(like, at, stride, position, begin, end, skip)
+    if stride == item_size(like) and p >= begin and end - p >= 32 * team:
+        v = load_vector(like, at, team)
+    else:
+        v = load_part(like, at, stride, position, begin, end, team)
+    return hide(like, v, np.int32(skip - position), team) if 0 <= skip - p < 32 * team else v
 
 
 @device
@@ -109,27 +114,53 @@ def chunk_max(like, address, stride, size, skip):
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
     best = np.int64(ordered_bits(minus_inf(like)))
-    for p in range(np.int32(0), end, np.int32(STEP)):
-        best = max(best, largest_key(load_step(like, base, stride, p, begin, end, skip)))
+    for p in range(np.int32(0), end, np.int32(LANES)):
+        best = max(best, largest_key(load_step(like, base, stride, p, begin, end, skip, WARP)))
     return warp_max(best)
 
 
 @device
-def head_max(like, address, stride, size, skip):
-    """The largest of the first STEP logits of a chunk but for the one at `skip`; anything if one is NaN."""
-    base, begin = first_position(like, address, stride)
-    x = load_step(like, base, stride, np.int32(0), begin, np.int32(begin + size), skip_position(skip, size, begin))
-    best = largest(x)
-    for mask in (16, 8, 4, 2, 1):
-        best = at_least(butterfly(best, mask), best)
+def team_largest(v, team):
+    """The largest item of a team's Vectors; where one is NaN, that or another."""
+    a, b = halves(v)
+    a2, b2 = halves(at_least(a, b))
+    a3, b3 = halves(at_least(a2, b2))
+    a4, b4 = halves(at_least(a3, b3))
+    a5, b5 = halves(at_least(a4, b4))
+    best = at_least(a5, b5)
+    for shift in (1, 2, 3, 4, 5):
+        best = at_least(butterfly(best, team >> shift), best)  # with itself where nothing is left of the team
     return best
 
 
 @device
+def head_max(like, address, stride, size, skip):
+    """The largest of the first LANES logits of a chunk but for the one at `skip`; anything if one is NaN."""
+    base, begin = first_position(like, address, stride)
+    end, skip = np.int32(begin + size), skip_position(skip, size, begin)
+    return team_largest(load_step(like, base, stride, np.int32(0), begin, end, skip, WARP), WARP)
+
+
+@device
 def add_step(x, low, m, total, top):
-    """Add 16 logits to 16 lanes; the larger of `top` and the bits of their exponent words."""
+    """Add logits to lanes; the larger of `top` and the bits of their exponent words."""
     total, t = term(x, low, m, total)
     return total, max(top, float_bits(most_bits_of(t)))
+
+
+@device
+def round_sum(like, address, stride, size, skip, team):
+    """(s, c) as by chunk_sum of up to 32 * team logits, those before a 16-byte boundary counting: a row that a team
+    reads at once. The teams of a warp have rows of their own, or none (0 logits), but call this together."""
+    base, begin = first_position(like, address, stride)
+    end, skip = np.int32(begin + size), skip_position(skip, size, begin)
+    x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
+    m, low, shift, c = row_frame(team_largest(x, team))
+    if shift == compute_zero(like):
+        total = term(x, low, m, zeros(like))[0]
+    else:
+        total = term(x - shift, low, m, zeros(like))[0]
+    return fold_lanes(like, total, team), c
 
 
 @device
@@ -142,40 +173,29 @@ def chunk_terms(like, address, stride, size, skip, ref):
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
     m, low = frame_32(ref, BIAS)
-    a, b, top = splat(ZERO), splat(ZERO), np.int32(0)
-    position = np.int32(cuda.laneid * (16 // item_size(like)))
-    at, step = base + position * stride, STEP * stride
+    total, top, p = zeros(like), np.int32(0), np.int32(0)
     whole = np.int32(end & -LANES) if stride == item_size(like) else np.int32(0)
     apart = np.int32(skip & -LANES) if skip >= 0 else whole
-    p = np.int32(0)
     while p < min(end, np.int32(CHUNK)):
         stop = min(whole, apart) if p <= apart else whole
         if p < begin:
             stop = np.int32(0)
+        at = base + np.int32(p + cuda.laneid * (16 // item_size(like))) * stride
         while p < stop:
-            x, y = load_vector(like, at), load_vector(like, at + step)
-            a, top = add_step(x, low, m, a, top)
-            b, top = add_step(y, low, m, b, top)
+            total, top = add_step(load_vector(like, at, WARP), low, m, total, top)
             p = np.int32(p + LANES)
-            at += 2 * step
+            at += LANES * stride
         if p < min(end, np.int32(CHUNK)):
-            if p < begin and p < whole and p != apart:
-                x, y = load_vector(like, at), load_vector(like, at + step)
-                x = hide_first(like, x, begin if cuda.laneid == 0 else np.int32(0))
-            else:
-                x = load_part(like, at, stride, np.int32(p + position), begin, end, skip)
-                y = load_part(like, at + step, stride, np.int32(p + STEP + position), begin, end, skip)
-            a, top = add_step(x, low, m, a, top)
-            b, top = add_step(y, low, m, b, top)
+            total, top = add_step(load_step(like, base, stride, p, begin, end, skip, WARP), low, m, total, top)
             p = np.int32(p + LANES)
-            at += 2 * step
     if end > CHUNK:
-        few, others = halves(a)
-        x = halves(load_part(like, at, stride, np.int32(p + position), begin, end, skip))[0]
-        few, top = add_step(x, low, m, few, top)
-        a = join(few, others)
+        low_half, high_half = halves(total)
+        first, second = halves(low_half)
+        x = load_step(like, base, stride, p, begin, end, skip, WARP)
+        first, top = add_step(halves(halves(x)[0])[0], low, m, first, top)
+        total = join(join(first, second), high_half)
     top = warp_max(top)
-    return fold_lanes(like, a, b), bits_float(np.int32(top)) - m
+    return fold_lanes(like, total, WARP), bits_float(np.int32(top)) - m
 
 
 @device
@@ -183,12 +203,11 @@ def chunk_terms_shifted(like, address, stride, size, skip, shift):
     """The sum of exp(x - shift) over a chunk but for `skip`: every float64 chunk, and float32 ones beyond 2^20."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
-    zero = compute_zero(like)
-    m, low = shifted_frame(zero)
-    a, b = splat(zero), splat(zero)
-    for p in range(np.int32(0), end, np.int32(STEP)):  # a and b take turns; which is which does not matter to their sum
-        a, b = b, term(load_step(like, base, stride, p, begin, end, skip) - shift, low, m, a)[0]
-    return fold_lanes(like, a, b)
+    m, low = shifted_frame(compute_zero(like))
+    total = zeros(like)
+    for p in range(np.int32(0), end, np.int32(LANES)):
+        total = term(load_step(like, base, stride, p, begin, end, skip, WARP) - shift, low, m, total)[0]
+    return fold_lanes(like, total, WARP)
 
 
 @device
@@ -198,11 +217,11 @@ def chunk_moment(like, address, stride, size, skip, shift):
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
     zero = compute_zero(like)
     m, low = shifted_frame(zero)
-    a, b = splat(zero), splat(zero)
-    for p in range(np.int32(0), end, np.int32(STEP)):
-        v = at_least(load_step(like, base, stride, p, begin, end, skip) - shift, low)
-        a, b = b, fma(term(v, low, m, zero)[0], v, a)
-    return fold_lanes(like, a, b)
+    total = zeros(like)
+    for p in range(np.int32(0), end, np.int32(LANES)):
+        v = at_least(load_step(like, base, stride, p, begin, end, skip, WARP) - shift, low)
+        total = fma(term(v, low, m, zero)[0], v, total)
+    return fold_lanes(like, total, WARP)
 
 
 @device

@@ -4,22 +4,23 @@ Kernels get integers alone: an array as an argument would cost more host time th
 on CuPy's current stream and on the device of the arrays; nothing here waits for the device.
 """
 
+import ctypes
+import struct
 import threading
-import warnings
 from functools import cache
 
 import cupy
-from numba import cuda
-from numba.core.errors import NumbaPerformanceWarning
+import numpy as np
+from cupy.cuda import driver
+from numba import cuda, types
 from numba.cuda.models import register_model
 
 from .._backend import package_stamp
 
 __all__ = ["cuda", "device", "kept", "kernel", "launch", "processors", "register_model"]
 
-_HELD = 1024  # configured launches
 _lock = threading.Lock()
-_configured = {}
+_compiled = {}
 _captured = []
 
 device = cuda.jit(device=True)
@@ -56,26 +57,69 @@ def kernel(threads, *blocks):
 
 
 def launch(kernel, blocks, threads, out, *args):
-    """kernel[blocks, threads](*args) on the current device, that of the array `out`, and CuPy's current stream."""
+    """Start blocks of threads with these arguments, numbers and tuples of numbers, on CuPy's current stream and the
+    current device, that of the array `out`."""
     if blocks == 0:
         return 0
-    key = kernel, blocks, threads, cupy.cuda.get_current_stream().ptr, out.device.id
-    start = _configured.get(key)
-    if start is None:
-        start = _configure(key)
-    start(*args)
+    numbers = []
+    for x in args:
+        if type(x) is tuple:
+            numbers.extend(x)
+        else:
+            numbers.append(x)
+    key = kernel, out.data.device_id, *map(type, numbers)
+    compiled = _compiled.get(key) or _compile(key, args)
+    compiled(blocks, threads, cupy.cuda.get_current_stream().ptr, numbers)
     return 0
 
 
-def _configure(key):
-    kernel, blocks, threads, stream, number = key
-    _require(number)
-    with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", NumbaPerformanceWarning)  # small grids are meant to be small
-        if len(_configured) >= _HELD:
-            _configured.clear()
-        _configured[key] = kernel[blocks, threads, cuda.external_stream(stream) if stream else 0]
-    return _configured[key]
+class Compiled:
+    """A kernel of one signature on the current device. Its arguments go to the driver in one piece, as C would lay them
+    out: Numba's own launch turns each into a ctypes object, which takes longer than all the rest."""
+
+    def __init__(self, kernel, args):
+        self._handle = int(kernel.compile(signature(args))._codelibrary.get_cufunc().handle)
+        self._pack = struct.Struct(parameters(args)).pack_into
+        self._room = ctypes.create_string_buffer(struct.calcsize(parameters(args)))
+        self._size = ctypes.c_size_t(len(self._room))
+        items = 1, ctypes.addressof(self._room), 2, ctypes.addressof(self._size), 0  # CU_LAUNCH_PARAM_...
+        self._extra = (ctypes.c_void_p * 5)(*items)
+        self._lock, self._where = threading.Lock(), ctypes.addressof(self._extra)
+
+    def __call__(self, blocks, threads, stream, numbers):
+        with self._lock:
+            self._pack(self._room, 0, *numbers)
+            driver.launchKernel(self._handle, blocks, 1, 1, threads, 1, 1, 0, stream, 0, self._where)
+
+
+_TYPES = {
+    int: ("q", types.int64),
+    np.int32: ("i", types.int32),
+    np.int16: ("h", types.int16),
+    np.uint16: ("H", types.uint16),
+    np.float32: ("f", types.float32),
+    np.float64: ("d", types.float64),
+}
+
+
+def signature(args):
+    """The Numba types of a kernel's arguments."""
+    of = types.BaseTuple.from_types
+    return tuple(of([_TYPES[type(n)][1] for n in x]) if type(x) is tuple else _TYPES[type(x)][1] for x in args)
+
+
+def parameters(args):
+    """A format of the module struct for a kernel's arguments: Numba passes the items of a tuple one by one."""
+    numbers = (n for x in args for n in (x if type(x) is tuple else (x,)))
+    return "@" + "".join(_TYPES[type(n)][0] for n in numbers)
+
+
+def _compile(key, args):
+    _require(key[1])
+    with _lock:
+        if key not in _compiled:
+            _compiled[key] = Compiled(key[0], args)
+    return _compiled[key]
 
 
 @cache

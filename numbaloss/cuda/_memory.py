@@ -1,8 +1,8 @@
 """Intrinsics of the CUDA kernels: global memory by integer addresses, and vectors spread over the lanes of a warp.
 
-What a thread loads at once: PER_LOAD = 16 bytes / item logits, neighbours; the 32 threads of a warp load neighbouring
-16 bytes. A Vector is so many of these loads, 512 bytes apart, as hold 16 logits: the item k of thread t's vector lies
-k // PER_LOAD * 32 * PER_LOAD + t * PER_LOAD + k % PER_LOAD items from the warp's first one.
+What a thread loads at once: n = 16 bytes / item logits, neighbours. A row is read by a team of 8, 16 or 32 threads
+(`team`), which load neighbouring 16 bytes. A thread's Vector holds 32 logits: item k of thread t's lies
+k // n * team * n + t * n + k % n items from the first of the team.
 """
 
 import math
@@ -12,12 +12,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .._scalar import widen_half
-from .._vector import WIDTH, Vector, VectorModel, vector_ir
+from .._scalar import on_cuda, widen_half
+from .._vector import Vector, VectorModel, vector_ir
 from ._launch import register_model
 
 _I1, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
 _F32 = ir.FloatType()
+
+WIDTH = 32  # logits of a Vector
 
 register_model(Vector)(type("VectorModel", (VectorModel,), {}))  # the CUDA target keeps models of its own
 
@@ -84,7 +86,7 @@ def atomic_add(typingctx, address, value):
 
 
 def _wide(like):
-    return Vector(types.float64 if like == types.float64 else types.float32)
+    return Vector(types.float64 if like == types.float64 else types.float32, WIDTH)
 
 
 def _per_load(like):
@@ -137,28 +139,44 @@ def _load_item(context, builder, like, address):
     return widen_half(context, builder, x) if like == types.int16 else x
 
 
+def _anew(builder, x):
+    """x, and the compiler does not know: or it keeps multiples of a stride in registers all through a loop."""
+    kind = ir.FunctionType(_I64, [_I64])
+    if not on_cuda(builder):
+        return x
+    return builder.call(ir.InlineAsm(kind, "mov.b64 $0, $1;", "=l,l", side_effect=True), [x])
+
+
 def _step(builder, address, stride, count):
     return builder.add(address, builder.mul(stride, ir.Constant(_I64, count)))
 
 
 @intrinsic
-def load_vector(typingctx, like, address):
-    """This thread's Vector of logits, whose first load is at `address`, at 16 bytes."""
-
-    def codegen(context, builder, sig, args):
-        items = []
-        for g in range(WIDTH // _per_load(like)):
-            words = _load_words(builder, builder.add(args[1], ir.Constant(_I64, 512 * g)))
-            items += _widen_words(context, builder, like, words)
-        return _pack(builder, items, vector_ir(sig.return_type))
-
-    return _wide(like)(like, types.int64), codegen
+def zeros(typingctx, like):
+    """A Vector of zeros."""
+    return _wide(like)(like), lambda context, builder, sig, args: ir.Constant(vector_ir(sig.return_type), None)
 
 
 @intrinsic
-def load_part(typingctx, like, address, stride, position, begin, end, skip):
+def load_vector(typingctx, like, address, team):
+    """This thread's Vector of a row that `team` threads read; its first load is at `address`, at 16 bytes."""
+
+    def codegen(context, builder, sig, args):
+        _, address, team = args
+        words = []
+        for _ in range(WIDTH // _per_load(like)):  # all of them before the first is used
+            words.append(_load_words(builder, address))
+            address = builder.add(address, builder.sext(builder.mul(team, _c32(16)), _I64))
+        items = [x for w in words for x in _widen_words(context, builder, like, w)]
+        return _pack(builder, items, vector_ir(sig.return_type))
+
+    return _wide(like)(like, types.int64, types.int32), codegen
+
+
+@intrinsic
+def load_part(typingctx, like, address, stride, position, begin, end, team):
     """As load_vector for items `stride` bytes apart, the first at this position of its row. Items at positions outside
-    of [begin, end) and at `skip` are -inf; the former are not touched. A load whose items are all inside is one.
+    of [begin, end) are -inf and are not touched; `begin` is less than a load. A load whose items are all inside is one.
 
     Items are put together as they lie in memory and widened at the end, so that no load waits for another.
     """
@@ -166,54 +184,83 @@ def load_part(typingctx, like, address, stride, position, begin, end, skip):
     low = {types.uint16: 0xFF80, types.int16: 0xFC00}.get(like, -math.inf)
 
     def codegen(context, builder, sig, args):
-        _, address, stride, position, begin, end, skip = args
+        _, address, stride, position, begin, end, team = args
         close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
         low_item = ir.Constant(_item(like), low)
+        low_words = _words(builder, _pack(builder, [low_item] * n, ir.VectorType(_item(like), n)))
+        step = builder.mul(team, _c32(n))
+        far = builder.mul(stride, builder.sext(step, _I64))
 
-        def single(far):
-            here = builder.add(position, _c32(far))
-            inside = builder.and_(builder.icmp_signed(">=", here, begin), builder.icmp_signed("<", here, end))
+        def single(address, stride, k, first):
+            inside = builder.icmp_signed("<", _c32(k), builder.sub(end, position))
+            if first:
+                inside = builder.and_(inside, builder.icmp_signed(">=", builder.add(position, _c32(k)), begin))
             before = builder.block
             with builder.if_then(inside):
-                where = _step(builder, address, stride, far)
-                x, loaded = builder.load(_pointer(builder, where, _item(like)), align=size), builder.block
+                x = builder.load(_pointer(builder, _step(builder, address, stride, k), _item(like)), align=size)
+                loaded = builder.block
             return _phi(builder, (low_item, before), (x, loaded))
 
         words = []
-        for far in range(0, 32 * WIDTH, 32 * n):
-            first = builder.add(position, _c32(far))
-            last = builder.add(first, _c32(n))
-            inside = builder.and_(builder.icmp_signed(">=", first, begin), builder.icmp_signed("<=", last, end))
-            with builder.if_else(builder.and_(close, inside)) as (whole, part):
-                with whole:
-                    together = _load_words(builder, _step(builder, address, stride, far))
-                    end_of_whole = builder.block
-                with part:
-                    apart = _pack(builder, [single(far + i) for i in range(n)], ir.VectorType(_item(like), n))
-                    apart = _items(builder, builder.bitcast(apart, ir.VectorType(_I32, 4)))
-                    end_of_part = builder.block
-            words += [_phi(builder, (x, end_of_whole), (y, end_of_part)) for x, y in zip(together, apart)]
-        items, result = [], vector_ir(sig.return_type)
         for g in range(WIDTH // n):
-            items += _widen_words(context, builder, like, words[4 * g : 4 * g + 4])
-        for k, x in enumerate(items):
-            here = builder.add(position, _c32(k // n * 32 * n + k % n))
-            skipped = builder.icmp_signed("==", here, skip)
-            items[k] = builder.select(skipped, ir.Constant(x.type, -math.inf), x)
-        return _pack(builder, items, result)
+            inside = builder.icmp_signed("<=", builder.add(position, _c32(n)), end)
+            if g == 0:
+                inside = builder.and_(inside, builder.icmp_signed(">=", position, begin))
+            before = builder.block
+            with builder.if_then(builder.icmp_signed("<", position, end)):
+                with builder.if_else(builder.and_(close, inside)) as (whole, part):
+                    with whole:
+                        together, end_of_whole = _load_words(builder, address), builder.block
+                    with part:
+                        step_here = _anew(builder, stride)
+                        apart = [single(address, step_here, k, g == 0) for k in range(n)]
+                        apart = _words(builder, _pack(builder, apart, ir.VectorType(_item(like), n)))
+                        end_of_part = builder.block
+                loaded = [_phi(builder, (x, end_of_whole), (y, end_of_part)) for x, y in zip(together, apart)]
+                end_of_load = builder.block
+            words.append([_phi(builder, (x, before), (y, end_of_load)) for x, y in zip(low_words, loaded)])
+            position, address = builder.add(position, step), builder.add(address, far)
+        items = [x for w in words for x in _widen_words(context, builder, like, w)]
+        return _pack(builder, items, vector_ir(sig.return_type))
 
     i64, i32 = types.int64, types.int32
     return _wide(like)(like, i64, i64, i32, i32, i32, i32), codegen
 
 
 @intrinsic
+def hide(typingctx, like, v, k, team):
+    """v, but -inf in the place of the item that lies k positions after its first one, if it has one there."""
+    n = _per_load(like)
+
+    def codegen(context, builder, sig, args):
+        _, v, k, team = args
+        items, low = _items(builder, v), ir.Constant(v.type.element, -math.inf)
+        for g in range(0, WIDTH, n):
+            before, load = builder.block, items[g : g + n]
+            with builder.if_then(builder.icmp_unsigned("<", k, _c32(n))):
+                here = [builder.icmp_signed("==", k, _c32(i)) for i in range(n)]
+                hidden, after = [builder.select(h, low, x) for h, x in zip(here, load)], builder.block
+            items[g : g + n] = [_phi(builder, (x, before), (y, after)) for x, y in zip(load, hidden)]
+            k = builder.sub(k, builder.mul(team, _c32(n)))
+        return _pack(builder, items, v.type)
+
+    return v(like, v, types.int32, types.int32), codegen
+
+
+def _words(builder, v):
+    """Sixteen bytes as four integers."""
+    return _items(builder, builder.bitcast(v, ir.VectorType(_I32, 4)))
+
+
+@intrinsic
 def load_apart(typingctx, like, like_items, address, stride, position, end):
-    """What load_part reads for logits like `like`, from items of another type and at any address, one by one, in the
-    precision of the logits; 0 at positions from `end` on."""
+    """What load_part reads in a warp for logits like `like`, from items of another type and at any address, one by
+    one, in the precision of the logits; 0 at positions from `end` on."""
     n, wide = _per_load(like), _wide(like)
 
     def codegen(context, builder, sig, args):
         _, _, address, stride, position, end = args
+        stride = _anew(builder, stride)
         room = builder.trunc(builder.sub(end, position), _I32)
         kind = vector_ir(wide)
         items = []
@@ -232,21 +279,6 @@ def load_apart(typingctx, like, like_items, address, stride, position, end):
     return wide(like, like_items, i64, i64, i64, i64), codegen
 
 
-@intrinsic
-def hide_first(typingctx, like, v, count):
-    """v with its first `count` < PER_LOAD items replaced by -inf."""
-
-    def codegen(context, builder, sig, args):
-        _, v, count = args
-        items = _items(builder, v)
-        for i in range(_per_load(like) - 1):
-            hidden = builder.icmp_signed(">", count, _c32(i))
-            items[i] = builder.select(hidden, ir.Constant(items[i].type, -math.inf), items[i])
-        return _pack(builder, items, v.type)
-
-    return v(like, v, types.int32), codegen
-
-
 def _part(builder, v, begin, end):
     """Items [begin, end) of a vector, a scalar for one."""
     items = [builder.extract_element(v, _c32(i)) for i in range(begin, end)]
@@ -255,7 +287,7 @@ def _part(builder, v, begin, end):
 
 @intrinsic
 def fold_loads(typingctx, like, v):
-    """The butterfly between the loads of a Vector: of a Vector of 16, one of PER_LOAD."""
+    """The butterfly between the loads of a Vector: of a Vector, one of n items."""
     result = Vector(v.dtype, _per_load(like))
 
     def codegen(context, builder, sig, args):

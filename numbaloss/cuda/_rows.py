@@ -8,11 +8,11 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import CHUNK, bits_float, exp_64, f32, float_bits, fma, merge_moments, ordered_bits
+from .._scalar import CHUNK, LANES, bits_float, exp_64, f32, float_bits, fma, merge_moments, ordered_bits
 from .._typed import as_result, compute_zero, key_value, minus_inf, widen
 from ._chunks import (
     NO_GUESS,
-    STEP,
+    WARP,
     chunk_max,
     chunk_moment,
     chunk_sum,
@@ -93,20 +93,20 @@ def row_sum(like, rows, address, skip, guess, room):
         room[0, 0], room[1, 0] = 0.0, -np.inf
     chunks, first = np.int32((classes + CHUNK - 1) // CHUNK), np.int32(0)
     while first < chunks:  # in rounds of PARTS - 1; the sum of those before is the first part
-        k = np.int32(first + warp)
-        while k < chunks and k - first < PARTS - 1:
-            begin = np.int64(k) * CHUNK
-            size = min(np.int64(CHUNK), classes - begin)
+        count, k = min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1)
+        while k < count:
+            begin = np.int64(first + k - 1) * CHUNK
+            size = np.int32(min(np.int64(CHUNK), classes - begin))
             s, c = chunk_sum(like, address + begin * stride, stride, size, skip - begin, guess)
             if warps == 1:
                 return s, c
             if cuda.laneid == 0:
-                room[0, k - first + 1], room[1, k - first + 1] = s, c
+                room[0, k], room[1, k] = s, c
             guess = guess_after(c)
             k = np.int32(k + warps)
         cuda.syncthreads()
         if warp == 0:
-            s, c = join_parts(room, min(np.int32(PARTS), np.int32(chunks - first + 1)), 0.0, -np.inf)
+            s, c = join_parts(room, count, 0.0, -np.inf)
             cuda.syncwarp()
             if cuda.laneid == 0:
                 room[0, 0], room[1, 0] = s, c
@@ -186,8 +186,8 @@ def row_rank(like, rows, address, x, room):
     for k in range(warp, (classes + CHUNK - 1) // CHUNK, warps):
         base, begin = first_position(like, address + k * CHUNK * stride, stride)
         end = np.int32(begin + min(np.int64(CHUNK), classes - k * CHUNK))
-        for p in range(np.int32(0), end, np.int32(STEP)):
-            larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1)), x)
+        for p in range(np.int32(0), end, np.int32(LANES)):
+            larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
     for mask in (16, 8, 4, 2, 1):
         larger += butterfly(larger, mask)
     return team_sum(larger, classes, room)
@@ -212,17 +212,17 @@ def team_sum(value, classes, room):
 @device
 def row_moments(like, rows, address, skip, room):
     """(s, c, b) of a row but for `skip`: s * e^c sums exp(x), b sums exp(x - c) * (x - c)."""
-    classes = rows[5]
-    _, warp, warps = team_of(classes)
-    chunks = (classes + CHUNK - 1) // CHUNK
+    _, warp, warps = team_of(rows[5])
+    chunks, first = np.int32((rows[5] + CHUNK - 1) // CHUNK), np.int32(0)
     s, c, b = 0.0, -np.inf, 0.0
-    for first in range(0, chunks, PARTS):
-        count = min(np.int64(PARTS), chunks - first)
+    while first < chunks:
+        count, k = min(np.int32(PARTS), np.int32(chunks - first)), np.int32(warp)
         s2, c2, b2 = 0.0, -np.inf, 0.0
-        for k in range(warp, count, warps):
-            s2, c2, b2 = part_moments(like, rows, address, (first + k) * CHUNK, skip)
+        while k < count:
+            s2, c2, b2 = part_moments(like, rows, address, np.int64(first + k) * CHUNK, skip)
             if cuda.laneid == 0 and warps > 1:
                 room[0, k], room[1, k], room[2, k] = s2, c2, b2
+            k = np.int32(k + warps)
         if warps == 1:
             if s2 != 0.0:
                 s, c, b = merge_moments(s, c, b, s2, c2, b2)
@@ -232,6 +232,7 @@ def row_moments(like, rows, address, skip, room):
                 if room[0, k] != 0.0:
                     s, c, b = merge_moments(s, c, b, room[0, k], room[1, k], room[2, k])
             cuda.syncthreads()
+        first = np.int32(first + PARTS)
     return s, c, b
 
 

@@ -8,13 +8,12 @@ import cupy
 import numpy as np
 from numba import types
 
-from .._scalar import CHUNK, bits_float, float_bits, fma, others_to_target, row_entropy, target_loss, target_lse
+from .._scalar import CHUNK, LANES, bits_float, float_bits, fma, others_to_target, row_entropy, target_loss, target_lse
 from .._typed import as_result, compute_zero, item_size, minus_inf, softmax_frame, softmax_of, widen
-from .._vector import splat
-from ._chunks import NO_GUESS, STEP, chunk_sum, fold_lanes, guess_after
+from ._chunks import NO_GUESS, WARP, chunk_sum, fold_lanes, guess_after, round_sum
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import load, load_apart, store, unless_zero
+from ._memory import load, load_apart, store, unless_zero, zeros
 from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
 from ._rows import (
     PARTS,
@@ -32,6 +31,7 @@ from ._rows import (
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
+SHORT_RESIDENT = 5
 RESIDENT = 4  # blocks of sparse_xent on a multiprocessor, as their registers allow
 
 
@@ -40,6 +40,14 @@ def teams(items, classes):
     if classes <= CHUNK:
         return -(-items // TEAMS), THREADS
     return items, 32 * min(TEAMS, -(-classes // CHUNK))
+
+
+def round_team(like, rows):
+    """How many threads read a row of at most 1024 classes at once, 32 each; 0 for rows of more."""
+    base, _, outer_stride, inner_stride, stride, classes = rows
+    aligned = stride != like.itemsize or (base | outer_stride | inner_stride) % 16 == 0
+    needed = classes if aligned else classes + 16 // like.itemsize - 1
+    return 8 if needed <= 256 else 16 if needed <= 512 else 32 if needed <= 1024 else 0
 
 
 @device
@@ -57,6 +65,11 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     rows = with_known_stride(like, rows)
     arguments = like, rows, operand(labels), operand(weights), ignore_index
     chunks, resident = -(-rows[5] // CHUNK), RESIDENT * processors(loss)
+    team = round_team(like, rows)
+    if team:
+        group = max(32 // team, min(32, -(-items // (TEAMS * SHORT_RESIDENT * processors(loss)))))
+        blocks = -(-items // (TEAMS * group))
+        return launch(_short_sparse_xent.of(like), blocks, THREADS, loss, items, group, team, *arguments, address(loss))
     if chunks == 1:
         group = min(32, -(-items // (TEAMS * resident)))  # rows a warp: all blocks at once, or many waves of them
         blocks = -(-items // (TEAMS * group))
@@ -87,36 +100,72 @@ def target_of(like, rows, address, y):
     return np.float64(widen(load(like, address + y * class_stride(like, rows))))
 
 
-@kernel(THREADS, RESIDENT, RESIDENT, 2)
-def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
-    """Rows of one chunk: thread i looks up label and target of row i; the warp sums `group` rows one after the other,
-    from a guess of the exponent by the one before; then thread i takes the logarithm for row i."""
-    room = cuda.shared.array((3, THREADS), types.float64)
-    lane, column = np.int32(cuda.laneid), np.int32(cuda.threadIdx.x & ~31)
-    first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
-    size = np.int32(min(group, items - first))
-    if lane < size:
-        address, y = row_of(like, rows, first + lane, labels, weights, ignore_index)
-        i = np.int32(column + lane)
+@device
+def look_up(like, rows, first, size, labels, weights, ignore_index, room):
+    """room[:, i] of this warp = (address, label, target) of row first + i."""
+    if cuda.laneid < size:
+        address, y = row_of(like, rows, first + cuda.laneid, labels, weights, ignore_index)
+        i = np.int32(cuda.threadIdx.x)
         room[0, i], room[1, i] = bits_float(address), bits_float(y)
         room[2, i] = target_of(like, rows, address, y)
     cuda.syncwarp()
-    i, guess = np.int32(0), NO_GUESS
-    while i < size:
-        address, y = float_bits(room[0, column + i]), float_bits(room[1, column + i])
+
+
+@device
+def finish(like, loss, first, size, room):
+    """loss[first + i] from room[:, i] of this warp = (s, c, target)."""
+    cuda.syncwarp()
+    if cuda.laneid < size:
+        i = np.int32(cuda.threadIdx.x)
+        at = loss + (first + cuda.laneid) * item_size(compute_zero(like))
+        store(at, loss_of(like, room[0, i], room[1, i], room[2, i]))
+
+
+@kernel(THREADS, SHORT_RESIDENT, SHORT_RESIDENT, 2)
+def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_index, loss):
+    """Rows of one round: thread i looks up label and target of row i, `team` threads sum a row at once, so that the
+    warp sums 32 / team of its `group` rows at a time; then thread i takes the logarithm for row i."""
+    room = cuda.shared.array((3, THREADS), types.float64)
+    team, column = np.int32(team), np.int32(cuda.threadIdx.x & ~31)
+    first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
+    size = np.int32(min(group, items - first))
+    look_up(like, rows, first, size, labels, weights, ignore_index, room)
+    at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
+    while done < size:
+        address, y, classes, spot = np.int64(0), np.int32(-1), np.int32(0), np.uint64(column + i)
+        if i < size:
+            address, y = float_bits(room[0, spot]), np.int32(float_bits(room[1, spot]))
+        if address != 0:
+            classes = np.int32(rows[5])
+        s, c = round_sum(like, address, class_stride(like, rows), classes, y, team)
+        cuda.syncwarp()
+        if i < size and cuda.laneid & (team - 1) == 0:
+            room[0, spot], room[1, spot] = s, c
+        i, done = np.int32(i + at_once), np.int32(done + at_once)
+    finish(like, loss, first, size, room)
+
+
+@kernel(THREADS, RESIDENT, RESIDENT, 2)
+def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
+    """Rows of one chunk: as _short_sparse_xent, but the warp sums one row after the other, from a guess of the exponent
+    by the one before."""
+    room = cuda.shared.array((3, THREADS), types.float64)
+    column = np.int32(cuda.threadIdx.x & ~31)
+    first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
+    size = np.int32(min(group, items - first))
+    look_up(like, rows, first, size, labels, weights, ignore_index, room)
+    i, guess = column, NO_GUESS
+    while i < column + size:
+        address, y = float_bits(room[0, i]), float_bits(room[1, i])
         s, c = 0.0, -np.inf
         if address != 0:
             s, c = chunk_sum(like, address, class_stride(like, rows), rows[5], y, guess)
             guess = guess_after(c)
         cuda.syncwarp()
-        if lane == 0:
-            room[0, column + i], room[1, column + i] = s, c
+        if cuda.laneid == 0:
+            room[0, i], room[1, i] = s, c
         i = np.int32(i + 1)
-    cuda.syncwarp()
-    if lane < size:
-        i = np.int32(column + lane)
-        at = loss + (first + lane) * item_size(compute_zero(like))
-        store(at, loss_of(like, room[0, i], room[1, i], room[2, i]))
+    finish(like, loss, first, size, room)
 
 
 @kernel(THREADS, RESIDENT, RESIDENT, 2)
@@ -252,52 +301,77 @@ def _narrow_normalize(items, pitch, like, rows, logarithm, out):
 def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
     """What a row tells of its target; `rank` and `entropy` are arrays, or None."""
     rows = with_known_stride(like, rows)
-    fields = (address(x) for x in (logprob, lse, argmax, rank, entropy))
+    fields = (address(x) for x in (logprob, lse, argmax, rank))
     arguments = items, like, rows, operand(labels), operand(weights), ignore_index, *fields
-    return launch(_score.of(like), *teams(items, rows[5]), logprob, *arguments)
+    launch(_score.of(like), *teams(items, rows[5]), logprob, *arguments)
+    if entropy is not None:
+        arguments = items, like, rows, *(address(x) for x in (logprob, lse, argmax, entropy))
+        launch(_entropy.of(like), *teams(items, rows[5]), logprob, *arguments)
+    return 0
 
 
 @kernel(THREADS)
-def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
+def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank):
     """A team takes a row, from memory once and then from the caches."""
     room = cuda.shared.array((3, PARTS), types.float64)
-    classes, full = rows[5], item_size(like) == 8
+    full = item_size(like) == 8
+    r, warp, _ = team_of(rows[5])
+    if r >= items:
+        return
+    first = warp == 0 and cuda.laneid == 0
+    address, y = row_of(like, rows, r, labels, weights, ignore_index)
+    if address == 0:
+        if first:
+            value = as_result(like, np.nan if y == 0 else 0.0)
+            put(like, r, value, value, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
+        return
+    s, c = row_sum(like, rows, address, y, NO_GUESS, room)
+    target = widen(load(like, address + y * class_stride(like, rows)))
+    x = np.float64(target)
+    u = others_to_target(s, c, x, full)
+    loss = target_loss(u, s, c, x, full)
+    row_lse = as_result(like, target_lse(u, s, c, x, loss, full))
+    largest, where = row_max(like, rows, address, room)
+    if loss != loss:  # a row that is all -inf or holds +inf or NaN
+        nan = first_nan(like, rows, address, room)
+        where = nan if nan >= 0 else where
+        row_lse = largest if nan < 0 else as_result(like, np.nan)
+    larger = row_rank(like, rows, address, target, room) if rank != 0 else np.int64(0)
+    if first:
+        put(like, r, as_result(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
+
+
+@device
+def put(like, r, value, row_lse, where, larger, logprob, lse, argmax, rank):
+    """Write what _score found for row r."""
     size = item_size(compute_zero(like))
-    r, warp, _ = team_of(classes)
-    if r < items:
-        y, value = label_at(labels, r), 0.0
-        looked_at = counts(r, labels, weights, ignore_index)
-        if looked_at and not 0 <= y < classes:
-            looked_at, value = False, np.nan
-        log_p, row_lse, information = value, as_result(like, value), value
-        where, larger = np.int64(-1), np.int64(-1)
-        if looked_at:
-            address = row_address(rows, r)
-            s, c = row_sum(like, rows, address, y, NO_GUESS, room)
-            target = widen(load(like, address + y * class_stride(like, rows)))
-            x = np.float64(target)
-            u = others_to_target(s, c, x, full)
-            loss = target_loss(u, s, c, x, full)
-            log_p, row_lse = 0.0 - loss, as_result(like, target_lse(u, s, c, x, loss, full))
-            largest, where = row_max(like, rows, address, room)
-            if loss != loss:  # a row that is all -inf or holds +inf or NaN
-                nan = first_nan(like, rows, address, room)
-                where = nan if nan >= 0 else where
-                row_lse = largest if nan < 0 else as_result(like, np.nan)
-            if rank != 0:
-                larger = row_rank(like, rows, address, target, room)
-            if entropy != 0:
-                s, c, b = row_moments(like, rows, address, where, room)
-                defined = -np.inf < row_lse < np.inf
-                information = row_entropy(s, c, b, np.float64(largest), full) if defined else np.nan
-        if warp == 0 and cuda.laneid == 0:
-            store(logprob + r * size, as_result(like, log_p))
-            store(lse + r * size, row_lse)
-            store(argmax + r * 8, where)
-            if rank != 0:
-                store(rank + r * 8, larger)
-            if entropy != 0:
-                store(entropy + r * size, as_result(like, information))
+    store(logprob + r * size, value)
+    store(lse + r * size, row_lse)
+    store(argmax + r * 8, where)
+    if rank != 0:
+        store(rank + r * 8, larger)
+
+
+@kernel(THREADS)
+def _entropy(items, like, rows, logprob, lse, argmax, entropy):
+    """entropy[r] by what _score found: a team sums row r without its largest logit, twice a chunk."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    zero, size = compute_zero(like), item_size(compute_zero(like))
+    r, warp, _ = team_of(rows[5])
+    if r >= items:
+        return
+    where, row_lse = load(np.int64(0), argmax + r * 8), load(zero, lse + r * size)
+    if where < 0:  # not looked at
+        value = np.float64(load(zero, logprob + r * size))
+    elif not -np.inf < row_lse < np.inf:
+        value = np.nan
+    else:
+        address = row_address(rows, r)
+        s, c, b = row_moments(like, rows, address, where, room)
+        largest = np.float64(widen(load(like, address + where * class_stride(like, rows))))
+        value = row_entropy(s, c, b, largest, item_size(like) == 8)
+    if warp == 0 and cuda.laneid == 0:
+        store(entropy + r * size, as_result(like, value))
 
 
 @device
@@ -373,68 +447,76 @@ def dense_xent(work, items, like, rows, like_labels, label_rows, class_weights, 
 @kernel(THREADS)
 def _dense_xent(items, like, rows, like_labels, label_rows, class_weights, weights, loss):
     """sum_j w_j l_j (x_k - x_j) + log(1 + u) sum_j w_j l_j, k the largest logit; both sums over lanes and chunks."""
-    classes = rows[5]
-    r, warp, warps = team_of(classes)
     room = cuda.shared.array((3, PARTS), types.float64)
-    if r < items:
-        value = 0.0
-        if weight_at(weights, r) != 0.0:
-            address, label_address = row_address(rows, r), row_address(label_rows, r)
-            largest, _, log1p_u = leave_largest_out(like, rows, address, room)
-            distance, mass, chunks = 0.0, 0.0, (classes + CHUNK - 1) // CHUNK
-            for first in range(0, chunks, PARTS):
-                count = min(np.int64(PARTS), chunks - first)
-                d, w = 0.0, 0.0
-                for k in range(warp, count, warps):
-                    begin = (first + k) * CHUNK
-                    at, label_begin = address + begin * class_stride(like, rows), label_address + begin * label_rows[4]
-                    size = min(np.int64(CHUNK), classes - begin)
-                    by_class = class_weights + begin * item_size(compute_zero(like)) if class_weights != 0 else 0
-                    logits, labels = (at, class_stride(like, rows)), (label_begin, label_rows[4])
-                    d = chunk_distance(like, logits, like_labels, labels, by_class, size, largest)
-                    w = chunk_mass(like, like_labels, labels, by_class, size)
-                    if cuda.laneid == 0 and warps > 1:
-                        room[0, k], room[1, k] = d, w
-                if warps == 1:
-                    distance, mass = distance + d, mass + w
-                else:
-                    cuda.syncthreads()
-                    for k in range(count):
-                        distance, mass = distance + room[0, k], mass + room[1, k]
-                    cuda.syncthreads()
-            value = fma(mass, log1p_u, distance)
-        if warp == 0 and cuda.laneid == 0:
-            store(loss + r * item_size(compute_zero(like)), as_result(like, value))
+    r, warp, _ = team_of(rows[5])
+    if r >= items:
+        return
+    value = 0.0
+    if weight_at(weights, r) != 0.0:
+        largest, _, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
+        distance, mass = dense_sums(like, rows, like_labels, label_rows, class_weights, r, largest, room)
+        value = fma(mass, log1p_u, distance)
+    if warp == 0 and cuda.laneid == 0:
+        store(loss + r * item_size(compute_zero(like)), as_result(like, value))
+
+
+@device
+def dense_sums(like, rows, like_labels, label_rows, class_weights, r, largest, room):
+    """(sum_j w_j l_j (largest - x_j), sum_j w_j l_j) of row r, its chunks left to right."""
+    address, label_address = row_address(rows, r), row_address(label_rows, r)
+    _, warp, warps = team_of(rows[5])
+    chunks, first = np.int32((rows[5] + CHUNK - 1) // CHUNK), np.int32(0)
+    distance, mass = 0.0, 0.0
+    while first < chunks:
+        count, k = min(np.int32(PARTS), np.int32(chunks - first)), np.int32(warp)
+        d, w = 0.0, 0.0
+        while k < count:
+            begin = np.int64(first + k) * CHUNK
+            size = min(np.int64(CHUNK), rows[5] - begin)
+            logits = address + begin * class_stride(like, rows), class_stride(like, rows)
+            labels = label_address + begin * label_rows[4], label_rows[4]
+            by_class = class_weights + begin * item_size(compute_zero(like)) if class_weights != 0 else 0
+            d = chunk_distance(like, logits, like_labels, labels, by_class, size, largest)
+            w = chunk_mass(like, like_labels, labels, by_class, size)
+            if cuda.laneid == 0 and warps > 1:
+                room[0, k], room[1, k] = d, w
+            k = np.int32(k + warps)
+        if warps == 1:
+            return d, w
+        cuda.syncthreads()
+        for k in range(count):
+            distance, mass = distance + room[0, k], mass + room[1, k]
+        cuda.syncthreads()
+        first = np.int32(first + PARTS)
+    return distance, mass
 
 
 @device
 def chunk_distance(like, logits, like_labels, labels, class_weights, size, largest):
     """The sum of l (largest - x) over a chunk, l the label times its class weight: 0 for a label of 0, whatever its
     logit. Logits and labels are (address, stride)."""
-    zero = compute_zero(like)
-    a, b = splat(zero), splat(zero)
-    for p in range(0, size, STEP):
+    total = zeros(like)
+    for p in range(0, size, LANES):
         position = p + cuda.laneid * (16 // item_size(like))
         x = load_apart(like, like, logits[0] + position * logits[1], logits[1], position, size)
         label = load_labels(like, like_labels, labels, class_weights, position, size)
-        a, b = b, unless_zero(label, fma(label, largest - x, a), a)
-    return fold_lanes(like, a, b)
+        total = unless_zero(label, fma(label, largest - x, total), total)
+    return fold_lanes(like, total, WARP)
 
 
 @device
 def chunk_mass(like, like_labels, labels, class_weights, size):
     """The sum of l over a chunk."""
-    zero = compute_zero(like)
-    a, b = splat(zero), splat(zero)
-    for p in range(0, size, STEP):
+    total = zeros(like)
+    for p in range(0, size, LANES):
         position = p + cuda.laneid * (16 // item_size(like))
-        a, b = b, a + load_labels(like, like_labels, labels, class_weights, position, size)
-    return fold_lanes(like, a, b)
+        total = total + load_labels(like, like_labels, labels, class_weights, position, size)
+    return fold_lanes(like, total, WARP)
 
 
 @device
 def load_labels(like, like_labels, labels, class_weights, position, size):
-    """This thread's labels among STEP positions, times the class weights; 0 beyond the end."""
+    """This thread's labels among LANES positions, times the class weights; 0 beyond the end."""
     label = load_apart(like, like_labels, labels[0] + position * labels[1], labels[1], position, size)
     if class_weights != 0:
         zero, item = compute_zero(like), np.int64(item_size(compute_zero(like)))

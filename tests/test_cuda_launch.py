@@ -1,0 +1,45 @@
+"""How a kernel is started, up to the driver, which is not asked."""
+
+import ctypes
+import struct
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy", reason="CuPy is not installed")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+from numbaloss.cuda import _launch, totals
+
+
+def test_launch():
+    """What Numba compiles without a driver is what the driver is asked to start, with the arguments in their places."""
+    loaded, started = [], []
+
+    def load(code, *_):
+        loaded.append(bytes(code.code))
+        return mock.Mock(get_function=lambda name: mock.MagicMock(handle=77))
+
+    def start(*args):
+        extra = (ctypes.c_void_p * 5).from_address(args[-1])
+        assert [extra[i] for i in (0, 2, 4)] == [1, 2, None]
+        size = ctypes.c_size_t.from_address(extra[3]).value
+        started.append((args[:-1], ctypes.string_at(extra[1], size)))
+
+    card = SimpleNamespace(compute_capability=(9, 0), id=0)
+    context = SimpleNamespace(device=card, create_module_image=load)
+    with (
+        mock.patch.multiple("numba.cuda.cudadrv.devices", get_context=lambda *_: context),
+        mock.patch.multiple("numba.cuda.dispatcher", get_current_device=lambda: card),
+        mock.patch.object(_launch.driver, "launchKernel", start),
+    ):
+        kernel = _launch.Kernel(totals._negate.py_func, 256, (1, 1, 1)).of(np.float32(0))
+        args = 5, np.float32(0), 2**40
+        compiled = _launch.Compiled(kernel, args)
+        for blocks in (3, 4):
+            compiled(blocks, 256, 99, args)
+    assert len(loaded) == 1 and b"_negate" in loaded[0]
+    packed = struct.pack("@qfq", *args)
+    assert started == [((77, n, 1, 1, 256, 1, 1, 0, 99, 0), packed) for n in (3, 4)]
