@@ -147,11 +147,21 @@ def class_weights(x, classes, dtype, logits):
     return array_module(x).ascontiguousarray(x, dtype)
 
 
+def flat(x):
+    """x with one axis, as a view where it can be one."""
+    return x if x.ndim == 1 else x.reshape(-1)
+
+
 def part(x, begin, end):
-    """Entries [begin, end) of labels or weights; None stays None."""
+    """Entries [begin, end) of labels, weights or losses; None stays None."""
     if x is None or (begin == 0 and end == x.size):
         return x
-    return x.reshape(-1)[begin:end]
+    return flat(x)[begin:end]
+
+
+def result(x):
+    """What a user gets of an array: a scalar of NumPy's in place of an array without axes."""
+    return x if x.ndim else x[()]
 
 
 def choice(x, name, allowed):

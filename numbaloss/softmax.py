@@ -42,7 +42,7 @@ def softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None, dim=No
     logits = _check.logits(logits)
     labels = _check.number_array(labels, "labels", logits)
     family = kernels("softmax", logits=logits, labels=labels)
-    return _dense(family, logits, labels, axis, None, None, "labels")[()]
+    return _check.result(_dense(family, logits, labels, axis, None, None, "labels"))
 
 
 def _dense(family, logits, labels, axis, weights, class_weights, name):
@@ -56,10 +56,10 @@ def _dense(family, logits, labels, axis, weights, class_weights, name):
         ) from None
     z = _check.class_axis_last(labels, axis, name)
     loss = xp.empty(x.shape[:-1], _check.result_dtype(x))
-    flat = loss.reshape(-1)
+    flat = _check.flat(loss)
     for begin, end, ((like, rows, _), (like_labels, label_rows, _)) in _check.pieces(x, z):
         part = _check.part(weights, begin, end)
-        args = (like, rows, like_labels, label_rows, class_weights, part, flat[begin:end])
+        args = (like, rows, like_labels, label_rows, class_weights, part, _check.part(flat, begin, end))
         family.dense_xent((end - begin) * x.shape[-1], end - begin, *args)
     return loss
 
@@ -91,7 +91,7 @@ def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check
     logits = _check.logits(logits)
     family = kernels("softmax", logits=logits, labels=labels)
     loss = _sparse(family, logits, labels, -1, None, None, check_labels, "labels")[0]
-    return loss[()]
+    return _check.result(loss)
 
 
 def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, name):
@@ -100,13 +100,13 @@ def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, n
     _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
     y, given = _check.labels(labels, x.shape[:-1], name, logits)
     loss = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
-    flat, classes = loss.reshape(-1), x.shape[-1]
+    flat, classes = _check.flat(loss), x.shape[-1]
     kernel = family.narrow_sparse_xent if classes <= family.NARROW else family.sparse_xent
     ignore = _check.NO_LABEL if ignore_index is None else ignore_index
     bad = 0
     for begin, end, [(like, rows, _)] in _check.pieces(x):
         n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
-        bad += kernel(n * classes, n, like, rows, y_part, w_part, ignore, flat[begin:end])
+        bad += kernel(n * classes, n, like, rows, y_part, w_part, ignore, _check.part(flat, begin, end))
     if _must_raise(bad, given, check_labels):
         _check.raise_bad_label(given, classes, weights, ignore, name)
     return loss, y
@@ -180,12 +180,12 @@ def cross_entropy(
         loss = _dense(family, logits, targets, axis, weights, by_class, "targets")
         factors = (None, weights, None, _check.NO_LABEL)
     if reduction == "none" and weights is None and class_weights is None:
-        return loss[()]
-    totals, flat = kernels("totals", loss=loss), loss.reshape(-1)
+        return _check.result(loss)
+    totals, flat = kernels("totals", loss=loss), _check.flat(loss)
     if reduction != "none":
         return totals.total(flat, *factors, _check.FACTORS if reduction == "mean" else _check.NOTHING)
     totals.scale(flat.size, flat.size, flat, *factors)
-    return loss[()]
+    return _check.result(loss)
 
 
 class TokenScores(NamedTuple):
@@ -221,8 +221,8 @@ def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels=
     family = kernels("softmax", logits=logits, targets=targets)
     ignore = _check.integer(ignore_index, "ignore_index")
     loss, _ = _sparse(family, logits, targets, axis, None, ignore, check_labels, "targets")
-    kernels("totals", loss=loss).negate(loss.size, loss.size, loss.reshape(-1))
-    return loss[()]
+    kernels("totals", loss=loss).negate(loss.size, loss.size, _check.flat(loss))
+    return _check.result(loss)
 
 
 @on_its_device
@@ -265,7 +265,7 @@ def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_la
     fields = [xp.empty(shape, dtype), xp.empty(shape, dtype), xp.empty(shape, np.int64)]
     fields.append(xp.empty(shape, np.int64) if rank else None)
     fields.append(xp.empty(shape, dtype) if entropy else None)
-    flat = [None if field is None else field.reshape(-1) for field in fields]
+    flat = [None if field is None else _check.flat(field) for field in fields]
     bad = 0
     for begin, end, [(like, rows, _)] in _check.pieces(x):
         n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
@@ -273,7 +273,7 @@ def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_la
         bad += family.score(n * classes, n, like, rows, y_part, w_part, ignore, *out)
     if _must_raise(bad, given, check_labels):
         _check.raise_bad_label(given, classes, weights, ignore, "targets")
-    return TokenScores(*(None if field is None else field[()] for field in fields))
+    return TokenScores(*(None if field is None else _check.result(field) for field in fields))
 
 
 @on_its_device
@@ -344,9 +344,9 @@ def logsumexp(logits, axis=-1, keepdims=False):
     family = kernels("softmax", logits=logits)
     x = _check.class_axis_last(logits, axis)
     lse = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
-    flat = lse.reshape(-1)
+    flat = _check.flat(lse)
     for begin, end, [(like, rows, _)] in _check.pieces(x):
-        family.logsumexp((end - begin) * x.shape[-1], end - begin, like, rows, flat[begin:end])
+        family.logsumexp((end - begin) * x.shape[-1], end - begin, like, rows, _check.part(flat, begin, end))
     if keepdims:
         return array_module(x).expand_dims(lse, _check.axis_index(axis, logits.ndim))
-    return lse[()]
+    return _check.result(lse)

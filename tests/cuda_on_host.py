@@ -203,26 +203,32 @@ def precision(like):
     return np.float64 if isinstance(like, float) else np.float32
 
 
+def load_item(address, dtype):
+    array, i = MEMORY.item(address, dtype)
+    return array[i]
+
+
 @twin(_memory.load)
 def load(like, address):
-    return MEMORY.item(address, dtype_of(like))[0]
+    return load_item(address, dtype_of(like))
 
 
 @twin(_memory.load_fresh)
 def load_fresh(address):
-    return MEMORY.item(address, np.dtype(np.int64))[0]
+    return load_item(address, np.dtype(np.int64))
 
 
 @twin(_memory.store)
 def store(address, value):
-    MEMORY.item(address, np.asarray(value).dtype)[0] = value
+    array, i = MEMORY.item(address, value.dtype if isinstance(value, np.generic) else np.asarray(value).dtype)
+    array[i] = value
 
 
 @twin(_memory.atomic_add)
 def atomic_add(address, value):
-    item = MEMORY.item(address, np.dtype(np.int64))
-    before = item[0]
-    item[0] += value
+    array, i = MEMORY.item(address, np.dtype(np.int64))
+    before = array[i]
+    array[i] += value
     return before
 
 
@@ -254,7 +260,7 @@ def load_part(like, address, stride, position, begin, end, team):
             if k % n == 0:
                 result[k : k + n] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
         elif begin <= position + step < end:
-            result[k] = widened(MEMORY.item(address + step * stride, dtype))[0]
+            result[k] = widen(load_item(address + step * stride, dtype))
     return result
 
 
@@ -263,12 +269,17 @@ def hide(like, v, k, team):
     return np.where(far(like, team) == k, v.dtype.type(-np.inf), v)
 
 
+@twin(_memory.hide_first)
+def hide_first(like, v, count):
+    return np.where(LANES < count, v.dtype.type(-np.inf), v)
+
+
 @twin(_memory.load_apart)
 def load_apart(like, like_items, address, stride, position, end):
     result = np.zeros(WIDTH, precision(like))
     for k, step in enumerate(far(like)):
         if position + step < end:
-            result[k] = widened(MEMORY.item(address + step * stride, dtype_of(like_items)))[0]
+            result[k] = widen(load_item(address + step * stride, dtype_of(like_items)))
     return result
 
 
@@ -325,7 +336,7 @@ def unless_zero(label, v, otherwise):
 
 @twin(_typed.widen)
 def widen(x):
-    return x if isinstance(x, np.floating) else widened(np.array([x]))[0]
+    return x if isinstance(x, np.floating) else _WIDEN[x.dtype](x)
 
 
 @twin(_typed.item_size)

@@ -8,6 +8,7 @@ depend on who comes first. Not modelled: races that need two threads at once, an
 """
 
 import bisect
+import ctypes
 import functools
 import inspect
 import random
@@ -16,12 +17,16 @@ import weakref
 
 import numba
 import numpy as np
-from greenlet import getcurrent, greenlet
 from numba import cuda as real_cuda
 from numba import types
 from numba.core.dispatcher import Dispatcher as CPUDispatcher
 from numba.cuda.dispatcher import CUDADispatcher
 from numba.cuda.np.numpy_support import as_dtype
+
+try:
+    from greenlet import getcurrent, greenlet
+except ImportError:  # a machine with a GPU does without
+    getcurrent = greenlet = None
 
 TWINS = {}  # id of an object that kernels name -> Python function, or f(cuda) -> Python function
 NEEDS_CUDA = set()
@@ -51,42 +56,61 @@ class Memory:
     """What a kernel may touch: host arrays, each a range of addresses, as long as they live."""
 
     def __init__(self):
-        self.starts, self.ranges = [], {}
+        self.starts, self.ranges, self.last = [], {}, (0, 0, None)
 
     def add(self, array):
         start = array.ctypes.data
         bisect.insort(self.starts, start)
         forget = weakref.finalize(array, self._forget, start)
         forget.atexit = False
-        view = np.ndarray(array.nbytes, np.uint8, buffer=(numba_buffer(array)))
-        self.ranges[start] = view
+        self.ranges[start] = Range(array, start)
         return start
 
     def _forget(self, start):
         del self.starts[bisect.bisect_left(self.starts, start)], self.ranges[start]
+        self.last = 0, 0, None
+
+    def _find(self, address, size, align):
+        """The range that holds these bytes."""
+        if address % align:
+            raise SimError(f"{size} bytes at {address:#x}, which is no multiple of {align}")
+        start, end, found = self.last
+        if start <= address and address + size <= end:
+            return found
+        i = bisect.bisect_right(self.starts, address) - 1
+        if i >= 0:
+            found = self.ranges[self.starts[i]]
+            if address + size <= found.end:
+                self.last = found.start, found.end, found
+                return found
+        raise SimError(f"{size} bytes at {address:#x}, outside of all arrays")
 
     def view(self, address, size, align):
         """The bytes at an address."""
         address = int(address)
-        if address % align:
-            raise SimError(f"{size} bytes at {address:#x}, which is no multiple of {align}")
-        i = bisect.bisect_right(self.starts, address) - 1
-        if i >= 0:
-            offset = address - self.starts[i]
-            view = self.ranges[self.starts[i]]
-            if offset + size <= view.size:
-                return view[offset : offset + size]
-        raise SimError(f"{size} bytes at {address:#x}, outside of all arrays")
+        found = self._find(address, size, align)
+        return found.bytes[address - found.start : address - found.start + size]
 
     def item(self, address, dtype):
-        return self.view(address, dtype.itemsize, dtype.itemsize).view(dtype)
+        """(array, index) of the item at an address."""
+        address, size = int(address), dtype.itemsize
+        found = self._find(address, size, size)
+        return found.items(dtype), (address - found.start) // size
 
 
-def numba_buffer(array):
-    """The memory of an array without a reference to it: it must be free to die."""
-    import ctypes
+class Range:
+    """The memory of an array, which begins at a multiple of 8, without a reference to it: it must be free to die."""
 
-    return (ctypes.c_ubyte * array.nbytes).from_address(array.ctypes.data)
+    def __init__(self, array, start):
+        self.start, self.end, self.of_dtype = start, start + array.nbytes, {}
+        self.bytes = np.ndarray(array.nbytes, np.uint8, buffer=(ctypes.c_ubyte * array.nbytes).from_address(start))
+        if start % 8:
+            raise ValueError(f"expected an array at a multiple of 8 bytes, got {start:#x}")
+
+    def items(self, dtype):
+        if dtype not in self.of_dtype:
+            self.of_dtype[dtype] = self.bytes[: self.bytes.size // dtype.itemsize * dtype.itemsize].view(dtype)
+        return self.of_dtype[dtype]
 
 
 MEMORY = Memory()
@@ -184,16 +208,18 @@ def scalar_twin(function):
         names = names[1:] if hasattr(function, "_defn") else names  # an intrinsic's first one is the typing context
         source = f"lambda {', '.join(names)}: function({', '.join(names)})"
         function = numba.njit(error_model="numpy")(eval(source, {"function": function}))
-    converters = {}
+    known = {}  # types of arguments -> (compiled code, what types its result)
 
     def call(*args):
-        key = tuple(type(a) for a in args)
-        if key not in converters:
-            result = function(*args)
-            kinds = tuple(numba.typeof(a) for a in args)
-            converters[key] = _convert(function.overloads[kinds].signature.return_type)
-            return converters[key](result)
-        return converters[key](function(*args))
+        key = tuple(map(type, args))
+        if key not in known:
+            if tuple in key:
+                raise TypeError(f"{function}: expected scalars, got {args}")
+            function(*args)
+            compiled = function.overloads[tuple(map(numba.typeof, args))]
+            known[key] = compiled.entry_point, _convert(compiled.signature.return_type)
+        run, convert = known[key]
+        return convert(run(*args))
 
     return call
 

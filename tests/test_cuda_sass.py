@@ -184,15 +184,12 @@ def sample(kind):
     return 0 if kind == I64 else as_dtype(kind).type(0)
 
 
-@pytest.mark.parametrize("dtype", LIKE)
-def test_arguments_lie_where_the_kernel_expects_them(dtype):
-    """launch() packs them; the kernel's parameters are in the PTX, each at the next multiple of its size."""
-    for case in cases(dtype):
-        args = tuple(sample(kind) for kind in case.signature)
-        assert _launch.signature(args) == case.signature
-        declared = re.findall(r"\.param \.[bsuf](\d+) \w+_param_\d+", ptx_of(case, "sm_90"))
-        packed = [struct.calcsize(code) * 8 for code in _launch.parameters(args)[1:]]
-        assert packed == [int(bits) for bits in declared], case.name
+def arguments_fit(case, ptx):
+    """Whether launch() packs arguments as the kernel reads them: its parameters, each at a multiple of its size."""
+    args = tuple(sample(kind) for kind in case.signature)
+    declared = re.findall(r"\.param \.[bsuf](\d+) \w+_param_\d+", ptx)
+    packed = [struct.calcsize(code) * 8 for code in _launch.parameters(args)[1:]]
+    return _launch.signature(args) == case.signature and packed == [int(bits) for bits in declared]
 
 
 COMPILED = {("sm_90", dtype): KERNELS for dtype in LIKE}  # what there is time for, in two dtypes strided too
@@ -210,6 +207,7 @@ def test_no_local_memory(arch, dtype):
         if "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" not in log:
             wrong[case.name, case.layout] = log
     assert wrong == {}
+    assert [case.name for case in wanted if not arguments_fit(case, ptx_of(case, arch))] == []
 
 
 CLASSES = 32  # of a thread in a round of the inner loop

@@ -134,8 +134,8 @@ MUTANTS = {
     ),
     "CUDA: two levels of the butterfly swapped": (
         "cuda/_chunks.py",
-        "v2 = exchange(v, 16)\n    v3 = exchange(v2, 8)",
-        "v2 = exchange(v, 8)\n    v3 = exchange(v2, 16)",
+        "v2 = exchange(v1, team >> 1)\n    v3 = exchange(v2, team >> 2)",
+        "v2 = exchange(v1, team >> 2)\n    v3 = exchange(v2, team >> 1)",
         "test_cuda.py::test_hashes_on_cupy[cross_entropy]",
     ),
     "CUDA: a missing barrier": (
@@ -143,6 +143,18 @@ MUTANTS = {
         "            k = np.int32(k + warps)\n        cuda.syncthreads()\n",
         "            k = np.int32(k + warps)\n",
         "test_cuda.py::test_order_of_threads[float32-1]",
+    ),
+    "CUDA: a level too many for a small team": (
+        "cuda/_chunks.py",
+        "select(team >> shift != 0, other, compute_zero(like))",
+        "other",
+        "test_cuda.py::test_classes[129-float32]",
+    ),
+    "CUDA: a team too small for rows between 16-byte boundaries": (
+        "cuda/softmax.py",
+        "needed = classes if aligned else",
+        "needed = classes if stride else",
+        "test_cuda.py::test_unaligned_rows[bfloat16-1]",
     ),
     "CUDA: a chunk of -inf": (
         "cuda/_chunks.py",

@@ -203,6 +203,9 @@ def test_vectors(dtype):
         for k in (-1, 0, 1, n - 1, n, team * n - 1, team * n, team * n + 1, 3 * team * n + n - 1, 32 * team):
             expected = host.hide(zero, vector(), k, team)
             assert np.array_equal(bits(hide(zero, where, np.int32(k), team)), bits(expected))
+    for count in range(n):
+        hidden = stored(njit(lambda zero, a, c: _memory.hide_first(zero, load_all(zero, a), c)), zero)
+        assert np.array_equal(bits(hidden(zero, where, np.int32(count))), bits(host.hide_first(zero, vector(), count)))
     nothing = stored(njit(lambda zero: _memory.zeros(zero)), zero)
     assert np.array_equal(bits(nothing(zero)), bits(host.zeros_like(zero)))
     fold = stored(njit(lambda zero, a: _memory.fold_loads(zero, load_all(zero, a))), zero, n)

@@ -37,6 +37,7 @@ from ._memory import (
     fold_loads,
     halves,
     hide,
+    hide_first,
     join,
     largest_key,
     load,
@@ -186,7 +187,11 @@ def chunk_terms(like, address, stride, size, skip, ref):
             p = np.int32(p + LANES)
             at += LANES * stride
         if p < min(end, np.int32(CHUNK)):
-            total, top = add_step(load_step(like, base, stride, p, begin, end, skip, WARP), low, m, total, top)
+            if p < begin and p < whole and p != apart:
+                x = hide_first(like, load_vector(like, at, WARP), begin if cuda.laneid == 0 else np.int32(0))
+            else:
+                x = load_step(like, base, stride, p, begin, end, skip, WARP)
+            total, top = add_step(x, low, m, total, top)
             p = np.int32(p + LANES)
     if end > CHUNK:
         low_half, high_half = halves(total)

@@ -247,6 +247,21 @@ def hide(typingctx, like, v, k, team):
     return v(like, v, types.int32, types.int32), codegen
 
 
+@intrinsic
+def hide_first(typingctx, like, v, count):
+    """v, but -inf in the place of its first `count` < n items."""
+
+    def codegen(context, builder, sig, args):
+        _, v, count = args
+        items = _items(builder, v)
+        for i in range(_per_load(like) - 1):
+            hidden = builder.icmp_signed(">", count, _c32(i))
+            items[i] = builder.select(hidden, ir.Constant(items[i].type, -math.inf), items[i])
+        return _pack(builder, items, v.type)
+
+    return v(like, v, types.int32), codegen
+
+
 def _words(builder, v):
     """Sixteen bytes as four integers."""
     return _items(builder, builder.bitcast(v, ir.VectorType(_I32, 4)))

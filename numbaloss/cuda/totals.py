@@ -69,7 +69,7 @@ def total(values, labels, weights, class_weights, ignore_index, divisor):
     The result shares its memory with the words of the sums: nothing else to allocate, or to keep for a CUDA graph.
     """
     words = cupy.zeros(2 * WORDS + 2, np.int64)
-    result = words[-1:].view(values.dtype)[0]
+    result = cupy.ndarray((), values.dtype, words.data + 8 * (words.size - 1))
     classes = 0 if class_weights is None else class_weights.size
     factors = operand(labels), operand(weights), address(class_weights), classes, ignore_index
     like = values.dtype.type(0)
