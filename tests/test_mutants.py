@@ -140,9 +140,15 @@ MUTANTS = {
     ),
     "CUDA: a missing barrier": (
         "cuda/_rows.py",
-        "            k = np.int32(k + warps)\n        cuda.syncthreads()\n",
-        "            k = np.int32(k + warps)\n",
+        "    cuda.syncthreads()\n    if cuda.threadIdx.x < 32:\n",
+        "    if cuda.threadIdx.x < 32:\n",
         "test_cuda.py::test_order_of_threads[float32-1]",
+    ),
+    "CUDA: the chunk with the largest logit is not summed again": (
+        "cuda/_rows.py",
+        "(skip < 0 and first + k - 1 == found)",
+        "(skip < 0 and first + k == found)",
+        "test_cuda.py::test_hashes_on_cupy[logsumexp]",
     ),
     "CUDA: a level too many for a small team": (
         "cuda/_chunks.py",

@@ -85,36 +85,24 @@ def join_parts(room, count, s, c):
 
 
 @device
-def row_sum(like, rows, address, skip, guess, room):
+def row_sum(like, rows, address, skip, room):
     """(s, c) of a whole row but for the class `skip`, for every thread of its team: its chunks, left to right."""
     stride, classes = class_stride(like, rows), rows[5]
     _, warp, warps = team_of(classes)
-    if warps > 1 and cuda.threadIdx.x == 0:
-        room[0, 0], room[1, 0] = 0.0, -np.inf
-    chunks, first = np.int32((classes + CHUNK - 1) // CHUNK), np.int32(0)
-    while first < chunks:  # in rounds of PARTS - 1; the sum of those before is the first part
+    chunks, first, guess = np.int32((classes + CHUNK - 1) // CHUNK), np.int32(0), NO_GUESS
+    while first < chunks:
         count, k = min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1)
         while k < count:
             begin = np.int64(first + k - 1) * CHUNK
             size = np.int32(min(np.int64(CHUNK), classes - begin))
             s, c = chunk_sum(like, address + begin * stride, stride, size, skip - begin, guess)
-            if warps == 1:
-                return s, c
             if cuda.laneid == 0:
                 room[0, k], room[1, k] = s, c
             guess = guess_after(c)
             k = np.int32(k + warps)
-        cuda.syncthreads()
-        if warp == 0:
-            s, c = join_parts(room, count, 0.0, -np.inf)
-            cuda.syncwarp()
-            if cuda.laneid == 0:
-                room[0, 0], room[1, 0] = s, c
-        cuda.syncthreads()
+        join_round(room, first, count)
         first = np.int32(first + PARTS - 1)
-    s, c = room[0, 0], room[1, 0]
-    cuda.syncthreads()
-    return s, c
+    return joined(room)
 
 
 @device
@@ -125,10 +113,10 @@ def team_max(value, classes, room):
         return value
     _, warp, warps = team_of(classes)
     if cuda.laneid == 0:
-        room[0, warp] = bits_float(value)
+        room[2, warp] = bits_float(value)
     cuda.syncthreads()
     for i in range(warps):
-        value = max(value, float_bits(room[0, i]))
+        value = max(value, float_bits(room[2, i]))
     cuda.syncthreads()
     return value
 
@@ -152,25 +140,6 @@ def first_equal(like, rows, address, begin, value, room):
 
 
 @device
-def row_max(like, rows, address, room):
-    """(largest logit, its first class) of a row. A row with NaN: that of a positive NaN, or of the largest number."""
-    stride, classes = class_stride(like, rows), rows[5]
-    _, warp, warps = team_of(classes)
-    best, where = np.int64(ordered_bits(minus_inf(like))), np.int64(0)
-    for k in range(warp, (classes + CHUNK - 1) // CHUNK, warps):
-        begin = k * CHUNK
-        size = min(np.int64(CHUNK), classes - begin)
-        key = chunk_max(like, address + begin * stride, stride, size, np.int64(-1))
-        if key > best:
-            best, where = key, begin
-    key = team_max(best, classes, room)
-    begin = -team_max(-(where if best == key else classes), classes, room)
-    value = key_value(compute_zero(like), key)
-    where = first_equal(like, rows, address, begin, value, room)
-    return value, (where if where < classes else begin)
-
-
-@device
 def first_nan(like, rows, address, room):
     """The index of a row's first NaN, or -1."""
     where = first_equal(like, rows, address, np.int64(0), f32(np.nan), room)
@@ -178,19 +147,82 @@ def first_nan(like, rows, address, room):
 
 
 @device
-def row_rank(like, rows, address, x, room):
-    """The number of classes with a logit larger than x."""
-    stride, classes = class_stride(like, rows), rows[5]
-    _, warp, warps = team_of(classes)
-    larger = np.int64(0)
-    for k in range(warp, (classes + CHUNK - 1) // CHUNK, warps):
-        base, begin = first_position(like, address + k * CHUNK * stride, stride)
-        end = np.int32(begin + min(np.int64(CHUNK), classes - k * CHUNK))
-        for p in range(np.int32(0), end, np.int32(LANES)):
-            larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
+def chunk_rank(like, address, stride, size, x):
+    """The number of logits of a chunk that are larger than x."""
+    base, begin = first_position(like, address, stride)
+    end, larger = np.int32(begin + size), np.int64(0)
+    for p in range(np.int32(0), end, np.int32(LANES)):
+        larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
     for mask in (16, 8, 4, 2, 1):
         larger += butterfly(larger, mask)
-    return team_sum(larger, classes, room)
+    return larger
+
+
+@device
+def score_row(like, rows, address, skip, target, ranked, room):
+    """(s, c, largest logit, its first class, number of logits above `target` if `ranked`) of a row, where (s, c) is the
+    sum without the class `skip`, or, for a skip of -1, without the largest.
+
+    The first pass takes the maximum and the sum of a chunk while it is in the caches; the second one sums the chunk
+    that holds the largest once more, without it. Of rows with more than PARTS - 1 chunks the second pass sums all.
+    """
+    stride, classes = class_stride(like, rows), rows[5]
+    _, warp, warps = team_of(classes)
+    chunks, larger = np.int32((classes + CHUNK - 1) // CHUNK), np.int64(0)
+    at_once = chunks < PARTS and (chunks > 1 or skip >= 0)
+    best, found, where, s, c = np.int64(ordered_bits(minus_inf(like))), np.int32(0), np.int64(-1), 0.0, -np.inf
+    for again in range(2):
+        first = np.int32(0)
+        while first < chunks:
+            count, k = min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1)
+            while k < count:
+                begin = np.int64(first + k - 1) * CHUNK
+                at, size = address + begin * stride, min(np.int64(CHUNK), classes - begin)
+                if not again:
+                    key = chunk_max(like, at, stride, size, np.int64(-1))
+                    if key > best:
+                        best, found = key, np.int32(first + k - 1)
+                    if ranked:
+                        larger += chunk_rank(like, at, stride, size, target)
+                if at_once != again or (skip < 0 and first + k - 1 == found):
+                    s, c = chunk_sum(like, at, stride, size, (skip if skip >= 0 else where) - begin, NO_GUESS)
+                    if cuda.laneid == 0 and warps > 1:
+                        room[0, k], room[1, k] = s, c
+                k = np.int32(k + warps)
+            if again and warps > 1:
+                join_round(room, first, count)
+            first = np.int32(first + PARTS - 1)
+        if not again:
+            key = team_max(best, classes, room)
+            found = np.int32(-team_max(-np.int64(found if best == key else chunks), classes, room))
+            value, begin = key_value(compute_zero(like), key), np.int64(found) * CHUNK
+            where = first_equal(like, rows, address, begin, value, room)
+            where = where if where < classes else begin
+    if warps > 1:
+        s, c = joined(room)
+    return s, c, value, where, team_sum(larger, classes, room)
+
+
+@device
+def join_round(room, first, count):
+    """room[:2, 0] = (s, c) of all chunks of a row so far: those before `first` there, others in room[:2, 1:]."""
+    cuda.syncthreads()
+    if cuda.threadIdx.x < 32:
+        if first == 0 and cuda.laneid == 0:
+            room[0, 0], room[1, 0] = 0.0, -np.inf
+        cuda.syncwarp()
+        s, c = join_parts(room, count, 0.0, -np.inf)
+        cuda.syncwarp()
+        if cuda.laneid == 0:
+            room[0, 0], room[1, 0] = s, c
+    cuda.syncthreads()
+
+
+@device
+def joined(room):
+    s, c = room[0, 0], room[1, 0]
+    cuda.syncthreads()
+    return s, c
 
 
 @device
@@ -200,11 +232,11 @@ def team_sum(value, classes, room):
         return value
     _, warp, warps = team_of(classes)
     if cuda.laneid == 0:
-        room[0, warp] = bits_float(value)
+        room[2, warp] = bits_float(value)
     cuda.syncthreads()
     total = np.int64(0)
     for i in range(warps):
-        total += float_bits(room[0, i])
+        total += float_bits(room[2, i])
     cuda.syncthreads()
     return total
 

@@ -22,10 +22,9 @@ from ._rows import (
     first_nan,
     join_parts,
     row_address,
-    row_max,
     row_moments,
-    row_rank,
     row_sum,
+    score_row,
     team_of,
 )
 
@@ -177,7 +176,7 @@ def _wide_sparse_xent(items, like, rows, labels, weights, ignore_index, loss):
     cuda.syncthreads()
     s, c = 0.0, -np.inf
     if row[0] != 0:
-        s, c = row_sum(like, rows, row[0], row[1], NO_GUESS, room)
+        s, c = row_sum(like, rows, row[0], row[1], room)
     if cuda.threadIdx.x == 0:
         at = loss + np.int64(cuda.blockIdx.x) * item_size(compute_zero(like))
         store(at, loss_of(like, s, c, target_of(like, rows, row[0], row[1])))
@@ -325,18 +324,16 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
             value = as_result(like, np.nan if y == 0 else 0.0)
             put(like, r, value, value, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
         return
-    s, c = row_sum(like, rows, address, y, NO_GUESS, room)
     target = widen(load(like, address + y * class_stride(like, rows)))
+    s, c, largest, where, larger = score_row(like, rows, address, y, target, rank != 0, room)
     x = np.float64(target)
     u = others_to_target(s, c, x, full)
     loss = target_loss(u, s, c, x, full)
     row_lse = as_result(like, target_lse(u, s, c, x, loss, full))
-    largest, where = row_max(like, rows, address, room)
     if loss != loss:  # a row that is all -inf or holds +inf or NaN
         nan = first_nan(like, rows, address, room)
         where = nan if nan >= 0 else where
         row_lse = largest if nan < 0 else as_result(like, np.nan)
-    larger = row_rank(like, rows, address, target, room) if rank != 0 else np.int64(0)
     if first:
         put(like, r, as_result(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
 
@@ -377,8 +374,8 @@ def _entropy(items, like, rows, logprob, lse, argmax, entropy):
 @device
 def leave_largest_out(like, rows, address, room):
     """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the others; log NaN for an undefined row."""
-    largest, where = row_max(like, rows, address, room)
-    s, c = row_sum(like, rows, address, where, NO_GUESS, room)
+    zero = compute_zero(like)
+    s, c, largest, _, _ = score_row(like, rows, address, np.int64(-1), zero, False, room)
     x = np.float64(largest)
     full = item_size(like) == 8
     u = others_to_target(s, c, x, full)
