@@ -299,17 +299,20 @@ def _run_block(function, args, threads, chance):
         thread.started = False
         everyone.append(thread)
     ready = list(everyone)
+    slow = chance.randrange(-(-threads // 32)) if chance else None  # a warp that lags behind the others
     while ready:
         if chance:
             chance.shuffle(ready)
-        for thread in ready:
-            thread.wait = None
+        lags = slow if chance and chance.random() < 0.8 else None
+        running = [thread for thread in ready if thread.number >> 5 != lags] or ready
+        held = [thread for thread in ready if thread.number >> 5 == lags and running is not ready]
+        for thread in running:
             if thread.started:
                 thread.switch(thread.result)
             else:
                 thread.started = True
                 thread.switch(*args)
-        ready = _warps_that_met(everyone) or _block_that_met(everyone)
+        ready = held + _warps_that_met(everyone) or _block_that_met(everyone)
 
 
 def _warps_that_met(everyone):
@@ -333,6 +336,8 @@ def _warps_that_met(everyone):
                         raise SimError("a shuffle reads a thread outside of the mask")
                     other.result = warp[other.value[1]].value[0]
             ready += wanted
+    for thread in ready:
+        thread.wait = None
     return ready
 
 
@@ -345,4 +350,6 @@ def _block_that_met(everyone):
         raise SimError(f"threads wait for different things: { {str(thread.wait) for thread in waiting} }")
     if len(waiting) < len(everyone):
         raise SimError(f"a barrier, and {len(everyone) - len(waiting)} of {len(everyone)} threads have ended")
+    for thread in waiting:
+        thread.wait = None
     return list(waiting)
