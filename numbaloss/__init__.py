@@ -4,6 +4,7 @@ Importing this package imports NumPy alone; Numba and the kernels come with the 
 """
 
 from ._version import __version__
+from .grad import value_and_grad
 from .sequence import sequence_loss
 from .sigmoid import sigmoid_cross_entropy_with_logits, weighted_cross_entropy_with_logits
 from .softmax import (
@@ -34,5 +35,6 @@ __all__ = [
     "softmax_cross_entropy_with_logits",
     "sparse_softmax_cross_entropy_with_logits",
     "token_logprobs",
+    "value_and_grad",
     "weighted_cross_entropy_with_logits",
 ]

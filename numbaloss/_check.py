@@ -152,6 +152,35 @@ def flat(x):
     return x if x.ndim == 1 else x.reshape(-1)
 
 
+def gradient(out, logits, axis):
+    """The array that a gradient goes to: `out`, or a new one like the logits."""
+    if out is None:
+        return array_module(logits).empty(logits.shape, logits.dtype.newbyteorder("="))
+    same_shape(out, "out", logits.shape, "logits")
+    if out.dtype != logits.dtype and not (out.dtype == np.float32 and logits.itemsize == 2):
+        raise TypeError(f"out: expected dtype {logits.dtype}, or float32 for 16 bits, got {out.dtype}")
+    if not is_cupy(out) and not out.flags.writeable:
+        raise ValueError("out: expected an array that can be written, got a read-only one")
+    if out.size and readable(class_axis_last(out, axis, "out")) is None:
+        raise ValueError("out: expected native byte order and at most two row strides, got another layout")
+    return out
+
+
+def upstream(x, shape, logits):
+    """The gradient that comes from above, of this shape; None stays None. NumPy's as float64, one after the other in
+    memory, or one number for all."""
+    if x is None:
+        return None
+    x = number_array(x, "upstream", logits)
+    try:
+        wide = array_module(x).broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(f"upstream: expected a shape that broadcasts to the loss's {shape}, got {x.shape}") from None
+    if is_cupy(x):
+        return wide
+    return np.ascontiguousarray(x if x.size == 1 else wide, np.float64).reshape(-1)
+
+
 def part(x, begin, end):
     """Entries [begin, end) of labels, weights or losses; None stays None."""
     if x is None or (begin == 0 and end == x.size):
@@ -216,6 +245,12 @@ def pieces(*arrays):
     if None not in layouts:
         return [(0, n, [(carrier(x.dtype), rows, x) for x, rows in zip(arrays, layouts)])]
     return _copied_pieces(arrays, n)
+
+
+def readable(x):
+    """(like, rows) of an array that the kernels can read, and write, where it lies; None for another."""
+    rows = _layout(x)
+    return None if rows is None else (carrier(x.dtype), rows)
 
 
 def _copied_pieces(arrays, n):

@@ -216,6 +216,38 @@ def widen_half(context, builder, h):
     return builder.bitcast(builder.or_(size, sign), of(_F32))
 
 
+def narrow(builder, result, x, features="+f16c"):
+    """LLVM code for float32 to bfloat16 (uint16) or float16 (int16) bits, to nearest even, vectors too. NaN becomes
+    0x7FFF, as CUDA's instructions have it."""
+    lanes = getattr(x.type, "count", None)
+
+    def of(kind, value=None):
+        kind = kind if lanes is None else ir.VectorType(kind, lanes)
+        return kind if value is None else ir.Constant(kind, value if lanes is None else [value] * lanes)
+
+    if on_cuda(builder):
+        name = "bf16" if result == types.uint16 else "f16"
+        kind = ir.FunctionType(_I16, [_F32])
+        return builder.call(ir.InlineAsm(kind, f"cvt.rn.{name}.f32 $0, $1;", "=h,f"), [x])
+    word, nan = builder.bitcast(x, of(_I32)), builder.fcmp_unordered("uno", x, x)
+    if result == types.uint16:
+        odd = builder.and_(builder.lshr(word, of(_I32, 16)), of(_I32, 1))
+        half = builder.lshr(builder.add(word, builder.add(odd, of(_I32, 0x7FFF))), of(_I32, 16))
+        return builder.trunc(builder.select(nan, of(_I32, 0x7FFF), half), of(_I16))
+    if platform.machine().lower() not in ("x86_64", "amd64") or "+f16c" in features:
+        half = builder.bitcast(builder.fptrunc(x, of(ir.HalfType())), of(_I16))
+        return builder.select(nan, of(_I16, 0x7FFF), half)
+    size = builder.and_(word, of(_I32, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, of(_I32, 13)), of(_I32, 1))
+    normal = builder.lshr(builder.add(size, builder.add(odd, of(_I32, 0xFFF - (112 << 23)))), of(_I32, 13))
+    small = builder.fadd(builder.bitcast(size, of(_F32)), of(_F32, 0.5))  # whose last place is 2^-24
+    small = builder.sub(builder.bitcast(small, of(_I32)), of(_I32, 126 << 23))
+    half = builder.select(builder.icmp_unsigned("<", size, of(_I32, 113 << 23)), small, normal)
+    half = builder.select(builder.icmp_unsigned(">=", size, of(_I32, 143 << 23)), of(_I32, 0x7C00), half)
+    half = builder.or_(half, builder.and_(builder.lshr(word, of(_I32, 16)), of(_I32, 0x8000)))
+    return builder.trunc(builder.select(nan, of(_I32, 0x7FFF), half), of(_I16))
+
+
 # -- exponentials ------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +408,16 @@ def target_loss(u, s, c, x, full):
 def target_lse(u, s, c, x, loss, full):
     """log of the sum over all classes, the target's x included."""
     return select(s == 0.0, x, select(u == np.inf, log_plus(s, 0.0, full) + c, x + loss))
+
+
+@scalar
+def shares(s, c, x, scale):
+    """(top, others, k): with exp(-top) taken out, the classes but the target sum to `others`, and k is scale over the
+    sum of all: the softmax of logit z is exp(z - top) * k / scale. k is NaN for a row without a softmax."""
+    top = select(c >= x, c, x)
+    e = exp_64(c - top)
+    k = scale / fma(s, e, exp_64(x - top))
+    return top, s * e, select((s == s) & (top > -np.inf) & (top < np.inf), k, np.nan)
 
 
 @scalar

@@ -14,6 +14,7 @@ from ._scalar import (
     MAGIC_64,
     ONE,
     ZERO,
+    at_least,
     bits_float,
     exp_64,
     exp_neg_32,
@@ -27,7 +28,9 @@ from ._scalar import (
     log1p_64,
     low_bits_exponent,
     reference_32,
+    rounded_product,
     select,
+    shares,
     sigmoid_loss,
     split_32,
     split_64,
@@ -208,6 +211,55 @@ def _softmax_of(x, largest, m, low, shift, scale, top):
         return select(x == largest, top, p * low_bits_exponent(t) * scale)
 
     return softmax_of_32
+
+
+def grad_frame(zero, s, c, x, scale):
+    """(m, low, shift, factor, target): the gradient of scale times the loss of a target whose logit is x, the others
+    summing to s * e^c. It is `target` at the target and grad_of elsewhere; both NaN for a row without a softmax.
+
+    In float32 as in softmax_frame: only the last product of grad_of can be subnormal.
+    """
+
+
+@overload(grad_frame)
+def _grad_frame(zero, s, c, x, scale):
+    if zero == types.float64:
+
+        def grad_frame_64(zero, s, c, x, scale):
+            top, others, k = shares(s, c, x, scale)
+            return MAGIC_64 + BIAS_64, LOW_64, top, k, 0.0 - rounded_product(others, k)
+
+        return grad_frame_64
+
+    def grad_frame_32(zero, s, c, x, scale):
+        top, others, k = shares(s, c, x, scale)
+        ref, shift = reference_32(f32(top))
+        rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift) - top))
+        m, low = frame_32(ref, BIAS + f32(24))
+        return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(0.0 - rounded_product(others, k))
+
+    return grad_frame_32
+
+
+def grad_of(x, m, low, shift, factor):
+    """One entry of a gradient but for the target's; the rest from grad_frame."""
+
+
+@overload(grad_of)
+def _grad_of(x, m, low, shift, factor):
+    if getattr(x, "dtype", x) == types.float64:
+
+        def grad_of_64(x, m, low, shift, factor):
+            p, t = split_64(at_least(x - shift, low), m)
+            return p * low_bits_exponent(t) * factor
+
+        return grad_of_64
+
+    def grad_of_32(x, m, low, shift, factor):
+        p, t = split_32(at_least(x - shift, low), m, ONE)
+        return p * low_bits_exponent(t) * factor
+
+    return grad_of_32
 
 
 # -- one logit, two classes --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from . import _check
 from ._backend import array_module, is_cupy, kernels, on_its_device
 
 _DEFAULT = object()
+_IGNORED = -100  # ignore_index unless given
 
 
 @on_its_device
@@ -112,6 +113,19 @@ def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, n
     return loss, y
 
 
+def _sparse_grad(family, logits, y, axis, weights, ignore_index, slopes, grad):
+    """(loss of every row), and `grad`, logits' shape, gets slopes[r] * d loss[r] / d logits."""
+    x, z = _check.class_axis_last(logits, axis), _check.class_axis_last(grad, axis, "out")
+    loss = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
+    if _check.readable(x) is None:
+        x = x.astype(x.dtype.newbyteorder("="), order="C")
+    (like, rows), (like_grad, grad_rows) = _check.readable(x), _check.readable(z)
+    if loss.size:
+        args = (like, rows, y, weights, ignore_index, slopes, _check.flat(loss), like_grad, grad_rows)
+        family.sparse_xent_grad(x.size, loss.size, *args)
+    return loss
+
+
 def _must_raise(bad, given, check_labels):
     """Whether labels out of range are to be looked for: `bad` were counted, none on a device."""
     return check_labels == "raise" if is_cupy(given) else bad and check_labels != "nan"
@@ -166,7 +180,7 @@ def cross_entropy(
     weights = _check.weights(weights, rows_shape, logits)
     classes = logits.shape[axis]
     if targets.dtype.kind in "iu":
-        ignore = _check.integer(-100 if ignore_index is _DEFAULT else ignore_index, "ignore_index")
+        ignore = _check.integer(_IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
         by_class = _check.class_weights(class_weights, classes, np.float64, logits)
         loss, y = _sparse(family, logits, targets, axis, weights, ignore, check_labels, "targets")
         factors = (y, weights, by_class, ignore)

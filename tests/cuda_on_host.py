@@ -264,6 +264,35 @@ def load_part(like, address, stride, position, begin, end, team):
     return result
 
 
+@twin(_memory.fill)
+def fill(like, x):
+    return np.full(WIDTH, x)
+
+
+def narrowed(like, v):
+    """Items rounded to the type of `like`."""
+    if dtype_of(like) == np.int16:
+        with np.errstate(over="ignore"):
+            return np.where(v == v, v.astype(np.float16).view(np.int16), np.int16(0x7FFF))
+    if dtype_of(like) == np.uint16:
+        word = v.view(np.uint32)
+        rounded = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        return np.where(v == v, rounded, np.uint32(0x7FFF)).astype(np.uint16)
+    return v.astype(dtype_of(like))
+
+
+@twin(_memory.store_item)
+def store_item(like, address, value):
+    store(address, narrowed(like, np.array([value]))[0])
+
+
+@twin(_memory.store_part)
+def store_part(like, like_out, address, stride, position, begin, end, v):
+    for step, x in zip(far(like), narrowed(like_out, v)):
+        if begin <= position + step < end:
+            store(address + step * stride, x)
+
+
 @twin(_memory.hide)
 def hide(like, v, k, team):
     return np.where(far(like, team) == k, v.dtype.type(-np.inf), v)
@@ -369,6 +398,19 @@ def _fma_each(a, b, c, out):
 def _term_each(x, low, m, total, out, t):
     for i in range(out.size):
         out[i], t[i] = _typed.term(x[i], low, m, total[i])
+
+
+@njit(error_model="numpy")
+def _grad_each(x, m, low, shift, factor, out):
+    for i in range(out.size):
+        out[i] = _typed.grad_of(x[i], m, low, shift, factor)
+
+
+@twin(_typed.grad_of)
+def grad_of(x, m, low, shift, factor):
+    out = np.empty_like(x)
+    _grad_each(x, m, low, shift, factor, out)
+    return out
 
 
 def _spread(like, *operands):

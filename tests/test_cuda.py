@@ -98,6 +98,8 @@ class Converted:
     def __getattr__(self, name):
         if name == "Evaluation":
             return ConvertedEvaluation
+        if name == "value_and_grad":
+            return lambda loss: lambda *args, **options: on_cupy(nl.value_and_grad(loss), *args, **options)
         return lambda *args, **options: on_cupy(getattr(nl, name), *args, **options)
 
 
@@ -211,6 +213,60 @@ def test_axes():
     if ON_DEVICE:
         deep = x.reshape(4, 3, 2, 140)[::2, ::2, ::2]
         check(none, deep, np.ascontiguousarray(y.reshape(4, 3, 2)[::2, ::2, ::2]))
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------
+
+
+def check_grad(x, y, **options):
+    check(nl.value_and_grad(nl.cross_entropy), x, y, **{"check_labels": "nan", **options})
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [1, 3, 9, 31, 130, 257, 1023, 1025, 8192, 8193, 8200])
+def test_gradients(classes, dtype):
+    """Reductions and factors, rows that do not count or have no softmax, labels out of range."""
+    x, y = make_logits(9, classes, dtype, seed=classes), make_labels(9, classes)
+    weights, by_class = np.array([1, 2, 0.5, 0, 3, 1, 1, 1, 1]), np.arange(classes) % 4 / 2
+    x[4, classes // 2 :] = -INF
+    x[5, -1], x[6, 0] = NAN, INF
+    y[7], y[8] = -100, classes
+    check_grad(x, y, weights=weights)
+    if classes in (9, 130, 8193):
+        check_grad(x, y, weights=weights, class_weights=by_class, reduction="sum", upstream=np.float32(-3))
+        check_grad(x, y, reduction="none", upstream=np.linspace(-2, 2, 9))
+        check(nl.value_and_grad(nl.sparse_softmax_cross_entropy_with_logits), y, x, check_labels="nan")
+        check_grad(x[:, 1:], np.minimum(y, classes - 2), reduction="none", upstream=np.broadcast_to(np.float64(2), 9))
+        check_grad(np.ascontiguousarray(x.T), y, axis=0)
+        check_grad(x[:0], y[:0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_gradients_in_place(dtype):
+    """out=logits, aligned or not; float32 for 16 bits; other threads first."""
+    for classes in (9, 1030, 8200):
+        store = make_logits(3, classes + 1, dtype)
+        y = make_labels(3, classes)
+        for x in (store[:, :classes].copy(), store[:, 1:]):
+            want = host.results(nl.value_and_grad(nl.cross_entropy)(x.copy(), y))
+            for order in (None, 1) if classes == 1030 else (None,):
+                with host.on_host(order):
+                    given = host.to_cupy(x)
+                    got = nl.value_and_grad(nl.cross_entropy)(given, host.to_cupy(y), out=given)
+                    assert got[1] is given
+                    assert_same_bits(host.results(got), want)
+    if np.dtype(dtype).itemsize == 2:
+        wide = host.to_cupy(np.zeros(x.shape, np.float32))
+        got = nl.value_and_grad(nl.cross_entropy)(host.to_cupy(x), host.to_cupy(y), out=wide)
+        wanted = nl.value_and_grad(nl.cross_entropy)(x, y, out=np.zeros(x.shape, np.float32))
+        assert_same_bits(host.results(got), host.results(wanted))
+
+
+def test_far_gradients():
+    """[3] Beyond 2^20."""
+    for shift in (1e6, -1.5e6, 1e30):
+        for classes in (7, 8200):
+            check_grad((make_logits(3, classes) + np.float32(shift)).astype(np.float32), make_labels(3, classes))
 
 
 # -- special values, labels, weights -------------------------------------------------------------------------------

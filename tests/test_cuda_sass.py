@@ -59,6 +59,7 @@ def signatures(like, rows):
         "_wide_sparse_xent": (I64, like, rows, *labels, I64),
         "_chunk_sums": (I64, like, rows, *labels, I64),
         "_join_sums": (I64, I64, like, rows, *labels, I64),
+        "_sparse_xent_grad": (I64, like, rows, *labels, I64, I64, like, rows),
         "_narrow_sparse_xent": (I64, I64, like, ROWS, *labels, I64),
         "_narrow_normalize": (I64, I64, like, ROWS, I64, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
@@ -70,6 +71,7 @@ def signatures(like, rows):
         "_total": (I64, like, I64, *factors, I64, I64),
         "_row_totals": (I64, like, I64, OPERAND, I64, I64, I64, I64, I64),
         "_scale": (I64, like, I64, *factors),
+        "_slopes": (I64, OPERAND, *factors, OPERAND, I64),
         "_negate": (I64, like, I64),
         "_add_tokens": (I64, like, I64, I64, *labels, I64),
     }

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import numbaloss as nl
+from numbaloss import cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,6 +63,10 @@ def functions():
     def evaluation(x, y):
         return np.array(nl.Evaluation().update(x, y, weights(y)).result()[1:3])
 
+    def gradient(x, y):
+        value, grad = nl.value_and_grad(cross_entropy)(x, y, weights=weights(y))
+        return value, grad.view(f"u{grad.itemsize}")
+
     return {
         "cross_entropy": lambda x, y: nl.cross_entropy(x, y, reduction="none"),
         "cross_entropy mean": lambda x, y: nl.cross_entropy(x, y, weights=weights(y)),
@@ -76,6 +81,7 @@ def functions():
         "sigmoid_cross_entropy_with_logits": lambda x, y: nl.sigmoid_cross_entropy_with_logits(soft(x), x),
         "weighted_cross_entropy_with_logits": lambda x, y: nl.weighted_cross_entropy_with_logits(soft(x), x, 3.0),
         "Evaluation": evaluation,
+        "value_and_grad": gradient,
     }
 
 
@@ -128,7 +134,7 @@ def test_inputs():
 
 
 # One function of each family of kernels: compiling for another processor is what takes the time.
-SUBSET = ["cross_entropy", "log_softmax", "weighted_cross_entropy_with_logits"]
+SUBSET = ["cross_entropy", "log_softmax", "weighted_cross_entropy_with_logits", "value_and_grad"]
 PROCESSORS = {"no vectors to speak of": ("generic", ""), "AVX2 without AVX-512": ("haswell", "+avx2,+fma,+f16c,+bmi2")}
 
 

@@ -222,6 +222,24 @@ MUTANTS = {
         "return y",
         "test_cuda.py::test_label_dtypes_and_layouts[uint64]",
     ),
+    "CUDA: the target's entry is that of another class": (
+        "cuda/softmax.py",
+        "            store_item(like_grad, out + y * grad_stride, entry)",
+        "            store_item(like_grad, out + y * grad_stride, factor)",
+        "test_cuda.py::test_gradients[130-float32]",
+    ),
+    "the target's entry of a gradient by cancellation": (
+        "_typed.py",
+        "return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(0.0 - rounded_product(others, k))",
+        "return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(f32(scale - others * k) - f32(scale))",
+        "test_grad.py::test_exact[17-float32]",
+    ),
+    "a rounding to bfloat16 that cuts": (
+        "_scalar.py",
+        "builder.add(odd, of(_I32, 0x7FFF))",
+        "builder.sub(odd, odd)",
+        "test_grad.py::test_exact[17-bfloat16]",
+    ),
     "0 times infinity": (
         "_scalar.py",
         "return select(factor == one - one, log1p_exp, fma(abs(x), factor, log1p_exp))",

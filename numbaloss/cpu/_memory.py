@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
-from .._scalar import LANES, widen_half
+from .._scalar import LANES, narrow, widen_half
 from .._typed import item_size
 from .._vector import WIDTH, Vector, spread
 
@@ -124,6 +124,36 @@ def store(typingctx, address, v):
         return context.get_dummy_value()
 
     return types.void(types.int64, v), codegen
+
+
+@intrinsic
+def store_as(typingctx, like, address, v, size):
+    """Write the first `size` items of a Vector as the type of `like`, rounded."""
+
+    def codegen(context, builder, sig, args):
+        _, address, x, size = args
+        if like in (types.int16, types.uint16):
+            x = narrow(builder, like, x, getattr(context.codegen(), "_tm_features", "+f16c"))
+        kind, align = x.type, like.bitwidth // 8
+        pointer = builder.inttoptr(address, kind.as_pointer())
+        index = ir.VectorType(ir.IntType(32), WIDTH)
+        flags = ir.VectorType(ir.IntType(1), WIDTH)
+        with builder.if_else(builder.icmp_signed(">=", size, ir.Constant(size.type, WIDTH))) as (whole, part):
+            with whole:
+                builder.store(x, pointer, align=align)
+            with part:
+                count = spread(builder, builder.trunc(size, ir.IntType(32)))
+                mask = builder.icmp_signed("<", ir.Constant(index, list(range(WIDTH))), count)
+                arguments = [kind, kind.as_pointer(), ir.IntType(32), flags]
+                suffix = f"v{WIDTH}{kind.element.intrinsic_name}"
+                name = f"llvm.masked.store.{suffix}.p0{suffix}"
+                function = cgutils.get_or_insert_function(
+                    builder.module, ir.FunctionType(ir.VoidType(), arguments), name
+                )
+                builder.call(function, [x, pointer, ir.Constant(ir.IntType(32), align), mask])
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, v, types.int64), codegen
 
 
 @intrinsic

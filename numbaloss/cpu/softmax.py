@@ -16,7 +16,8 @@ from .._scalar import (
     target_loss,
     target_lse,
 )
-from .._typed import compute_zero, item_size, softmax_frame, softmax_of, widen
+from .._typed import compute_zero, grad_frame, grad_of, item_size, softmax_frame, softmax_of, widen
+from .._vector import WIDTH, splat
 from ._chunks import (
     NO_GUESS,
     chunk_sum,
@@ -30,7 +31,7 @@ from ._chunks import (
 )
 from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, out_of_line, prefetch, span, stack
+from ._memory import TILE_BYTES, gather, load, load_part, out_of_line, prefetch, span, stack, store_as
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
@@ -165,6 +166,79 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
 
 
 narrow_sparse_xent = Kernel(_narrow_sparse_xent)
+
+
+def _sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
+    """As sparse_xent, and row r of `grad_rows` = d(scale[r] * loss[r]) / d(row r), which may be the logits' memory.
+
+    A row is read twice, the second time from the cache. Rows that do not count get zeros.
+    """
+    stride, classes, full = rows[4], rows[5], item_size(like) == 8
+    n = loss.size
+    bad = np.zeros(blocks, np.int64)
+    for block in prange(blocks):
+        lanes, spare, room = stack(TILE_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            y, out = labels[r], row_address(grad_rows, r)
+            if not counts(r, labels, weights, ignore_index) or not 0 <= y < classes:
+                value = 0.0
+                if counts(r, labels, weights, ignore_index):
+                    value = np.nan
+                    bad[block] += 1
+                loss[r] = value
+                fill_row(like_grad, out, grad_rows[4], classes, loss[r], room)
+                continue
+            address = row_address(rows, r)
+            s, c = row_sum(like, rows, address, y, lanes, spare)
+            x = np.float64(widen(span(like, address + y * stride, 1)[0]))
+            loss[r] = target_loss(others_to_target(s, c, x, full), s, c, x, full)
+            frame = grad_frame(compute_zero(like), s, c, x, scale[r])
+            for begin in range(0, classes, LANES):
+                size = min(LANES, classes - begin)
+                at = gather(like, address + begin * stride, stride, size, spare)
+                target = y - begin if 0 <= y - begin < size else -1
+                grad_tile(like, at, size, frame, target, like_grad, out + begin * grad_rows[4], grad_rows[4], room)
+    return bad.sum()
+
+
+sparse_xent_grad = Kernel(_sparse_xent_grad)
+
+
+@njit
+def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, room):
+    """Entries of a gradient row for a tile of logits, `target` being the target's class in it, or -1."""
+    out_of_line()
+    m, low, shift, factor, entry = frame
+    to = out if out_stride == item_size(like_grad) else room
+    for i in range(0, size // WIDTH * WIDTH, WIDTH):
+        g = grad_of(load(like, address + i * item_size(like)), m, low, shift, factor)
+        store_as(like_grad, to + i * item_size(like_grad), g, WIDTH)
+    i = size // WIDTH * WIDTH
+    if i < size:
+        g = grad_of(load_part(like, address + i * item_size(like), size - i), m, low, shift, factor)
+        store_as(like_grad, to + i * item_size(like_grad), g, size - i)
+    if target >= 0:
+        store_as(like_grad, to + target * item_size(like_grad), splat(entry), 1)
+    scatter(like_grad, to, size, out, out_stride)
+
+
+@njit
+def fill_row(like_grad, out, stride, classes, value, room):
+    """A gradient row of one number."""
+    out_of_line()
+    for i in range(0, min(classes, LANES), WIDTH):
+        store_as(like_grad, room + i * item_size(like_grad), splat(value), WIDTH)
+    for begin in range(0, classes, LANES):
+        scatter(like_grad, room, min(LANES, classes - begin), out + begin * stride, stride)
+
+
+@njit
+def scatter(like, source, size, out, stride):
+    """Copy neighbouring items to places `stride` bytes apart."""
+    if source != out:
+        items = span(like, source, size)
+        for i in range(size):
+            span(like, out + i * stride, 1)[0] = items[i]
 
 
 def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):

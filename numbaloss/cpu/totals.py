@@ -115,6 +115,33 @@ def _scale(blocks, values, labels, weights, class_weights, ignore_index):
 scale = Kernel(_scale)
 
 
+def upstream_at(upstream, i):
+    """upstream[i], or the one number for all; 1 if upstream is None."""
+
+
+@overload(upstream_at)
+def _upstream_at(upstream, i):
+    if upstream == types.none:
+        return lambda upstream, i: 1.0
+    return lambda upstream, i: upstream[i if upstream.size > 1 else 0]
+
+
+def _slopes(blocks, upstream, labels, weights, class_weights, ignore_index, divisor, out):
+    """out[i] = factor * (upstream[i] / divisor), float64, exactly 0 where the factor is: d(total) / d(value i).
+
+    upstream and divisor, float64, may be None; upstream may be one number for all.
+    """
+    n = out.size
+    for block in prange(blocks):
+        for i in range(block * n // blocks, (block + 1) * n // blocks):
+            f = factor(i, labels, weights, class_weights, ignore_index)
+            g = upstream_at(upstream, i) / upstream_at(divisor, 0)
+            out[i] = f * g if f != 0.0 else 0.0
+
+
+slopes = Kernel(_slopes)
+
+
 def _negate(blocks, values):
     """values[i] = 0 - values[i]; never -0."""
     for i in range(values.size):

@@ -12,8 +12,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .._scalar import on_cuda, widen_half
-from .._vector import Vector, VectorModel, vector_ir
+from .._scalar import narrow, on_cuda, widen_half
+from .._vector import Vector, VectorModel, spread, vector_ir
 from ._launch import register_model
 
 _I1, _I16, _I32, _I64 = (ir.IntType(n) for n in (1, 16, 32, 64))
@@ -70,6 +70,22 @@ def store(typingctx, address, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, value), codegen
+
+
+@intrinsic
+def store_item(typingctx, like, address, value):
+    """Write one float, rounded to the type of `like`."""
+
+    def codegen(context, builder, sig, args):
+        _, address, x = args
+        if like.bitwidth == 16:
+            x = narrow(builder, like, x)
+        elif x.type != _item(like):
+            x = (builder.fpext if like.bitwidth == 64 else builder.fptrunc)(x, _item(like))
+        builder.store(x, _pointer(builder, address, _item(like)), align=like.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, value), codegen
 
 
 @intrinsic
@@ -155,6 +171,12 @@ def _step(builder, address, stride, count):
 def zeros(typingctx, like):
     """A Vector of zeros."""
     return _wide(like)(like), lambda context, builder, sig, args: ir.Constant(vector_ir(sig.return_type), None)
+
+
+@intrinsic
+def fill(typingctx, like, x):
+    """A Vector of x."""
+    return _wide(like)(like, x), lambda context, builder, sig, args: spread(builder, args[1], WIDTH)
 
 
 @intrinsic
@@ -265,6 +287,56 @@ def hide_first(typingctx, like, v, count):
 def _words(builder, v):
     """Sixteen bytes as four integers."""
     return _items(builder, builder.bitcast(v, ir.VectorType(_I32, 4)))
+
+
+@intrinsic
+def store_part(typingctx, like, like_out, address, stride, position, begin, end, v):
+    """Write a Vector that load_part gave a thread of a warp, rounded to the type of `like_out`: items `stride` bytes
+    apart, the first to `address` if its position is in [begin, end); others likewise. Neighbours together where that
+    can be."""
+    n, size = _per_load(like), like_out.bitwidth // 8
+    align = min(16, n * size)
+
+    def codegen(context, builder, sig, args):
+        _, _, address, stride, position, begin, end, v = args
+        items = _items(builder, v)
+        if size == 2:
+            items = [narrow(builder, like_out, x) for x in items]
+        elif items[0].type != _item(like_out):
+            items = [(builder.fpext if size == 8 else builder.fptrunc)(x, _item(like_out)) for x in items]
+        close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
+        lies_well = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, align - 1)), ir.Constant(_I64, 0))
+        together = builder.and_(close, lies_well)
+        step = _anew(builder, stride)
+        for g in range(0, WIDTH, n):
+            first = builder.add(position, _c32(g * 32))
+            last = builder.add(first, _c32(n))
+            inside = builder.and_(builder.icmp_signed(">=", first, begin), builder.icmp_signed("<=", last, end))
+            with builder.if_else(builder.and_(together, inside)) as (whole, part):
+                with whole:
+                    where = builder.add(address, ir.Constant(_I64, g * 32 * size))
+                    packed = _pack(builder, items[g : g + n], ir.VectorType(_item(like_out), n))
+                    words = builder.bitcast(packed, ir.VectorType(_I32, n * size // 4))
+                    for k in range(0, n * size // 4, 4):
+                        count = min(4, n * size // 4)
+                        some = [builder.extract_element(words, _c32(k + i)) for i in range(count)]
+                        pointer = _pointer(
+                            builder, builder.add(where, ir.Constant(_I64, 4 * k)), ir.VectorType(_I32, count)
+                        )
+                        builder.store(_pack(builder, some, ir.VectorType(_I32, count)), pointer, align=4 * count)
+                with part:
+                    for k in range(n):
+                        here = builder.add(first, _c32(k))
+                        inside = builder.and_(
+                            builder.icmp_signed(">=", here, begin), builder.icmp_signed("<", here, end)
+                        )
+                        with builder.if_then(inside):
+                            pointer = _pointer(builder, _step(builder, address, step, g * 32 + k), _item(like_out))
+                            builder.store(items[g + k], pointer, align=size)
+        return context.get_dummy_value()
+
+    i64, i32 = types.int64, types.int32
+    return types.void(like, like_out, i64, i64, i32, i32, i32, v), codegen
 
 
 @intrinsic

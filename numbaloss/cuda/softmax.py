@@ -9,11 +9,21 @@ import numpy as np
 from numba import types
 
 from .._scalar import CHUNK, LANES, bits_float, float_bits, fma, others_to_target, row_entropy, target_loss, target_lse
-from .._typed import as_result, compute_zero, item_size, minus_inf, softmax_frame, softmax_of, widen
-from ._chunks import NO_GUESS, WARP, chunk_sum, fold_lanes, guess_after, round_sum
+from .._typed import (
+    as_result,
+    compute_zero,
+    grad_frame,
+    grad_of,
+    item_size,
+    minus_inf,
+    softmax_frame,
+    softmax_of,
+    widen,
+)
+from ._chunks import NO_GUESS, WARP, chunk_sum, first_position, fold_lanes, guess_after, load_step, round_sum
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import load, load_apart, store, unless_zero, zeros
+from ._memory import fill, load, load_apart, store, store_item, store_part, unless_zero, zeros
 from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
 from ._rows import (
     PARTS,
@@ -217,6 +227,58 @@ def _join_sums(items, parts, like, rows, labels, weights, ignore_index, loss):
             cuda.syncwarp()
     if lane == 0:
         store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------
+
+
+def sparse_xent_grad(work, items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
+    """As sparse_xent, and row r of `grad_rows` = d(scale[r] * loss[r]) / d(row r), which may be the logits' memory."""
+    rows, grad_rows = with_known_stride(like, rows), with_known_stride(like_grad, grad_rows)
+    arguments = operand(labels), operand(weights), ignore_index, address(scale), address(loss), like_grad, grad_rows
+    return launch(_sparse_xent_grad.of(like), *teams(items, rows[5]), loss, items, like, rows, *arguments)
+
+
+@kernel(THREADS, 3, 3, 2)
+def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
+    """A team sums a row, reads it again from the caches and writes its gradient; one thread writes the target's."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    r, warp, warps = team_of(rows[5])
+    if r >= items:
+        return
+    first, out = warp == 0 and cuda.laneid == 0, row_address(grad_rows, r)
+    at = loss + r * item_size(compute_zero(like))
+    address, y = row_of(like, rows, r, labels, weights, ignore_index)
+    x = target_of(like, rows, address, y)
+    zero = compute_zero(like)
+    m, low, shift, factor, entry = grad_frame(zero, 0.0, 0.0, 0.0, 0.0)
+    if address != 0:
+        s, c = row_sum(like, rows, address, y, room)
+        m, low, shift, factor, entry = grad_frame(zero, s, c, x, load(0.0, scale + r * 8))
+        if first:
+            store(at, loss_of(like, s, c, x))
+    elif first:
+        store(at, as_result(like, x))
+    stride, grad_stride = class_stride(like, rows), class_stride(like_grad, grad_rows)
+    base, begin = first_position(like, address, stride)
+    end, p = begin + rows[5], np.int64(warp) * LANES
+    while p < end:
+        near = np.int32(min(end - p, np.int64(LANES)))  # positions from p on, which may lie beyond 32 bits
+        before = np.int32(begin) if p == 0 else np.int32(0)
+        position = np.int32(cuda.laneid * (16 // item_size(like)))
+        to = out + (p - begin + position) * grad_stride
+        g = fill(like, as_result(like, x))
+        if address != 0:
+            v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
+            g = grad_of(v, m, low, shift, factor)
+        store_part(like, like_grad, to, grad_stride, position, before, near, g)
+        p += warps * LANES
+    if address != 0:
+        if warps > 1:
+            cuda.syncthreads()
+        cuda.syncwarp()
+        if first:
+            store_item(like_grad, out + y * grad_stride, entry)
 
 
 # -- few classes -------------------------------------------------------------------------------------------------

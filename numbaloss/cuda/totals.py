@@ -177,6 +177,26 @@ def _scale(items, like, values, labels, weights, class_weights, classes, ignore_
         store(at, as_result(like, np.float64(load(like, at)) * f if f != 0.0 else 0.0))
 
 
+def slopes(work, items, upstream, labels, weights, class_weights, ignore_index, divisor, out):
+    """out[i] = factor * (upstream[i] / divisor), float64, exactly 0 where the factor is: d(total) / d(value i).
+
+    upstream and divisor may be None, and any real numbers.
+    """
+    classes = 0 if class_weights is None else class_weights.size
+    factors = operand(labels), operand(weights), address(class_weights), classes, ignore_index
+    arguments = operand(upstream), *factors, operand(divisor), address(out)
+    return launch(_slopes.of(np.float64(0)), -(-items // THREADS), THREADS, out, items, *arguments)
+
+
+@kernel(THREADS)
+def _slopes(items, upstream, labels, weights, class_weights, classes, ignore_index, divisor, out):
+    i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if i < items:
+        f = factor(i, labels, weights, class_weights, classes, ignore_index)
+        g = weight_at(upstream, i) / weight_at(divisor, np.int64(0))
+        store(out + i * 8, f * g if f != 0.0 else 0.0)
+
+
 def negate(work, items, values):
     """values[i] = 0 - values[i]; never -0."""
     like = values.dtype.type(0)
