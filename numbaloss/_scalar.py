@@ -411,13 +411,23 @@ def target_lse(u, s, c, x, loss, full):
 
 
 @scalar
-def shares(s, c, x, scale):
-    """(top, others, k): with exp(-top) taken out, the classes but the target sum to `others`, and k is scale over the
-    sum of all: the softmax of logit z is exp(z - top) * k / scale. k is NaN for a row without a softmax."""
-    top = select(c >= x, c, x)
-    e = exp_64(c - top)
-    k = scale / fma(s, e, exp_64(x - top))
-    return top, s * e, select((s == s) & (top > -np.inf) & (top < np.inf), k, np.nan)
+def top_of(c, x):
+    """The exponent that is taken out of a sum of s * e^c and e^x."""
+    return select(c >= x, c, x)
+
+
+@scalar
+def others_of(s, c, x):
+    """s * e^c with the exponent top_of taken out."""
+    return s * exp_64(c - top_of(c, x))
+
+
+@scalar
+def scale_of(s, c, x, scale):
+    """scale over the sum of s * e^c and e^x, the exponent top_of taken out; NaN for a row without a softmax."""
+    top = top_of(c, x)
+    k = scale / fma(s, exp_64(c - top), exp_64(x - top))
+    return select(s == s, select(abs(top) < np.inf, k, np.nan), np.nan)
 
 
 @scalar

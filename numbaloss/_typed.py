@@ -30,7 +30,6 @@ from ._scalar import (
     reference_32,
     rounded_product,
     select,
-    shares,
     sigmoid_loss,
     split_32,
     split_64,
@@ -213,26 +212,20 @@ def _softmax_of(x, largest, m, low, shift, scale, top):
     return softmax_of_32
 
 
-def grad_frame(zero, s, c, x, scale):
-    """(m, low, shift, factor, target): the gradient of scale times the loss of a target whose logit is x, the others
-    summing to s * e^c. It is `target` at the target and grad_of elsewhere; both NaN for a row without a softmax.
+def grad_frame(zero, top, others, k):
+    """(m, low, shift, factor, target): a row's gradient is `target` at the target and grad_of elsewhere. From top_of,
+    others_of and scale_of; factor and target are NaN if k is.
 
     In float32 as in softmax_frame: only the last product of grad_of can be subnormal.
     """
 
 
 @overload(grad_frame)
-def _grad_frame(zero, s, c, x, scale):
+def _grad_frame(zero, top, others, k):
     if zero == types.float64:
+        return lambda zero, top, others, k: (MAGIC_64 + BIAS_64, LOW_64, top, k, 0.0 - rounded_product(others, k))
 
-        def grad_frame_64(zero, s, c, x, scale):
-            top, others, k = shares(s, c, x, scale)
-            return MAGIC_64 + BIAS_64, LOW_64, top, k, 0.0 - rounded_product(others, k)
-
-        return grad_frame_64
-
-    def grad_frame_32(zero, s, c, x, scale):
-        top, others, k = shares(s, c, x, scale)
+    def grad_frame_32(zero, top, others, k):
         ref, shift = reference_32(f32(top))
         rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift) - top))
         m, low = frame_32(ref, BIAS + f32(24))

@@ -122,7 +122,8 @@ def _sparse_grad(family, logits, y, axis, weights, ignore_index, slopes, grad):
     (like, rows), (like_grad, grad_rows) = _check.readable(x), _check.readable(z)
     if loss.size:
         args = (like, rows, y, weights, ignore_index, slopes, _check.flat(loss), like_grad, grad_rows)
-        family.sparse_xent_grad(x.size, loss.size, *args)
+        kernel = family.narrow_sparse_xent_grad if x.shape[-1] <= family.NARROW else family.sparse_xent_grad
+        kernel(x.size, loss.size, *args)
     return loss
 
 

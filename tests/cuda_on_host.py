@@ -400,6 +400,9 @@ def _term_each(x, low, m, total, out, t):
         out[i], t[i] = _typed.term(x[i], low, m, total[i])
 
 
+_scalar_grad = scalar_twin(_typed.grad_of)
+
+
 @njit(error_model="numpy")
 def _grad_each(x, m, low, shift, factor, out):
     for i in range(out.size):
@@ -408,6 +411,8 @@ def _grad_each(x, m, low, shift, factor, out):
 
 @twin(_typed.grad_of)
 def grad_of(x, m, low, shift, factor):
+    if not isinstance(x, np.ndarray):
+        return _scalar_grad(x, m, low, shift, factor)
     out = np.empty_like(x)
     _grad_each(x, m, low, shift, factor, out)
     return out

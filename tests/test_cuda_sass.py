@@ -61,6 +61,7 @@ def signatures(like, rows):
         "_join_sums": (I64, I64, like, rows, *labels, I64),
         "_sparse_xent_grad": (I64, like, rows, *labels, I64, I64, like, rows),
         "_narrow_sparse_xent": (I64, I64, like, ROWS, *labels, I64),
+        "_narrow_sparse_xent_grad": (I64, I64, like, ROWS, *labels, I64, I64, like, ROWS),
         "_narrow_normalize": (I64, I64, like, ROWS, I64, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
         "_entropy": (I64, like, rows, I64, I64, I64, I64),

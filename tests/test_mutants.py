@@ -231,7 +231,7 @@ MUTANTS = {
     "the target's entry of a gradient by cancellation": (
         "_typed.py",
         "return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(0.0 - rounded_product(others, k))",
-        "return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(f32(scale - others * k) - f32(scale))",
+        "return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(f32(1.0 - others * k) - f32(1))",
         "test_grad.py::test_exact[17-float32]",
     ),
     "a rounding to bfloat16 that cuts": (

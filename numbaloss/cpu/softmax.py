@@ -10,11 +10,14 @@ from .._scalar import (
     LANES,
     fma,
     merge,
+    others_of,
     others_to_target,
     row_entropy,
+    scale_of,
     select,
     target_loss,
     target_lse,
+    top_of,
 )
 from .._typed import compute_zero, grad_frame, grad_of, item_size, softmax_frame, softmax_of, widen
 from .._vector import WIDTH, splat
@@ -31,7 +34,7 @@ from ._chunks import (
 )
 from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, load, load_part, out_of_line, prefetch, span, stack, store_as
+from ._memory import TILE_BYTES, gather, load, load_part, out_of_line, prefetch, span, stack, store_as, transpose
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
@@ -192,7 +195,8 @@ def _sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, scale, 
             s, c = row_sum(like, rows, address, y, lanes, spare)
             x = np.float64(widen(span(like, address + y * stride, 1)[0]))
             loss[r] = target_loss(others_to_target(s, c, x, full), s, c, x, full)
-            frame = grad_frame(compute_zero(like), s, c, x, scale[r])
+            k = scale_of(s, c, x, scale[r])
+            frame = grad_frame(compute_zero(like), top_of(c, x), others_of(s, c, x), k)
             for begin in range(0, classes, LANES):
                 size = min(LANES, classes - begin)
                 at = gather(like, address + begin * stride, stride, size, spare)
@@ -202,6 +206,94 @@ def _sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, scale, 
 
 
 sparse_xent_grad = Kernel(_sparse_xent_grad)
+
+
+def _narrow_sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
+    """As sparse_xent_grad, for up to NARROW classes: a group of rows lies side by side in the vector lanes."""
+    classes = rows[5]
+    group = group_of(classes)
+    n = loss.size
+    bad = np.zeros(blocks, np.int64)
+    for block in prange(blocks):
+        columns = new_columns(like, classes, group)
+        terms, frames = np.empty_like(columns), np.empty((5, group), columns.dtype)
+        turned = np.empty((WIDTH, columns.size // group), columns.dtype)
+        targets, spare = np.empty(group, np.int64), stack(TILE_BYTES)
+        s, c, x, u = np.empty(group), np.empty(group), np.empty(group), np.empty(group)
+        for first in range(block * n // blocks, (block + 1) * n // blocks, group):
+            size = min(group, (block + 1) * n // blocks - first)
+            load_columns(like, rows, first, size, group, columns)
+            targets[:] = NOT_COUNTED
+            for i in range(size):
+                y = labels[first + i]
+                if counts(first + i, labels, weights, ignore_index):
+                    targets[i] = y if 0 <= y < classes else BAD
+                    bad[block] += targets[i] == BAD
+            take_targets(classes, targets, columns, x)
+            terms[:] = columns
+            sum_columns(classes, terms, frames, s, c, row_address(rows, first + 2 * group), item_size(like))
+            finish(s, c, x, u, loss[first : first + size])
+            fill_grad_frames(s, c, x, scale[first : first + size], u, frames)
+            for j in range(classes):
+                grad_column(columns[j * group : (j + 1) * group], frames)
+            for begin in range(0, size, WIDTH):
+                turn_columns(columns, group, begin, turned)
+                for i in range(begin, min(begin + WIDTH, size)):
+                    if targets[i] >= 0:
+                        turned[i - begin, targets[i]] = frames[4, i]
+                write_rows(turned, like_grad, grad_rows, first + begin, min(WIDTH, size - begin), spare)
+    return bad.sum()
+
+
+narrow_sparse_xent_grad = Kernel(_narrow_sparse_xent_grad)
+
+
+@njit
+def fill_grad_frames(s, c, x, scale, k, frames):
+    """frames = grad_frame of each row. Three loops: LLVM gives up on more arrays at once. Overwrites s."""
+    out_of_line()
+    m, low, shift, factor, entry = frames[0], frames[1], frames[2], frames[3], frames[4]
+    zero = frames.dtype.type(0)
+    for i in range(np.uint64(scale.size)):
+        k[i] = scale_of(s[i], c[i], x[i], scale[i])
+    for i in range(np.uint64(scale.size)):
+        s[i] = others_of(s[i], c[i], x[i])
+    for i in range(np.uint64(scale.size)):
+        m[i], low[i], shift[i], factor[i], entry[i] = grad_frame(zero, top_of(c[i], x[i]), s[i], k[i])
+
+
+@njit
+def grad_column(x, frames):
+    m, low, shift, factor = frames[0], frames[1], frames[2], frames[3]
+    for i in range(np.uint64(x.size)):
+        x[i] = grad_of(x[i], m[i], low[i], shift[i], factor[i])
+
+
+@njit
+def turn_columns(columns, group, begin, turned):
+    """turned[i] = row begin + i of a group."""
+    out_of_line()
+    size, zero = columns.itemsize, columns.dtype.type(0)
+    source, target, pitch = np.int64(columns.ctypes.data), np.int64(turned.ctypes.data), turned.shape[1] * size
+    for j in range(0, turned.shape[1], WIDTH):
+        at = source + (j * group + begin) * size
+        transpose(zero, at, group * size, WIDTH, target + j * size, pitch)
+
+
+@njit
+def write_rows(turned, like_grad, grad_rows, first, size, spare):
+    """Rows of a gradient from `first` on, rounded to its dtype."""
+    out_of_line()
+    stride, classes, zero = grad_rows[4], grad_rows[5], turned.dtype.type(0)
+    source, pitch = np.int64(turned.ctypes.data), turned.shape[1] * turned.itemsize
+    for i in range(size):
+        out = row_address(grad_rows, first + i)
+        to = out if stride == item_size(like_grad) else spare
+        for j in range(0, classes, WIDTH):
+            g = load(zero, source + i * pitch + j * item_size(zero))
+            store_as(like_grad, to + j * item_size(like_grad), g, classes - j)
+        if to != out:
+            scatter(like_grad, to, classes, out, stride)
 
 
 @njit

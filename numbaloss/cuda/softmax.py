@@ -8,7 +8,20 @@ import cupy
 import numpy as np
 from numba import types
 
-from .._scalar import CHUNK, LANES, bits_float, float_bits, fma, others_to_target, row_entropy, target_loss, target_lse
+from .._scalar import (
+    CHUNK,
+    LANES,
+    bits_float,
+    float_bits,
+    fma,
+    others_of,
+    others_to_target,
+    row_entropy,
+    scale_of,
+    target_loss,
+    target_lse,
+    top_of,
+)
 from .._typed import (
     as_result,
     compute_zero,
@@ -239,6 +252,11 @@ def sparse_xent_grad(work, items, like, rows, labels, weights, ignore_index, sca
     return launch(_sparse_xent_grad.of(like), *teams(items, rows[5]), loss, items, like, rows, *arguments)
 
 
+@device
+def frame_of(zero, s, c, x, scale):
+    return grad_frame(zero, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
+
+
 @kernel(THREADS, 3, 3, 2)
 def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
     """A team sums a row, reads it again from the caches and writes its gradient; one thread writes the target's."""
@@ -251,10 +269,10 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     address, y = row_of(like, rows, r, labels, weights, ignore_index)
     x = target_of(like, rows, address, y)
     zero = compute_zero(like)
-    m, low, shift, factor, entry = grad_frame(zero, 0.0, 0.0, 0.0, 0.0)
+    m, low, shift, factor, entry = grad_frame(zero, 0.0, 0.0, 0.0)
     if address != 0:
         s, c = row_sum(like, rows, address, y, room)
-        m, low, shift, factor, entry = grad_frame(zero, s, c, x, load(0.0, scale + r * 8))
+        m, low, shift, factor, entry = frame_of(zero, s, c, x, load(0.0, scale + r * 8))
         if first:
             store(at, loss_of(like, s, c, x))
     elif first:
@@ -311,6 +329,51 @@ def _narrow_sparse_xent(items, pitch, like, rows, labels, weights, ignore_index,
                 room[at + y] = minus_inf(like)
                 s, c = few_sum(like, room, at, classes)
         store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
+
+
+def narrow_sparse_xent_grad(work, items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
+    """As sparse_xent_grad, for up to NARROW classes."""
+    threads, pitch = threads_of(like, rows[5])
+    arguments = operand(labels), operand(weights), ignore_index, address(scale), address(loss), like_grad, grad_rows
+    blocks = -(-items // threads)
+    return launch(_narrow_sparse_xent_grad.of(like), blocks, threads, loss, items, pitch, like, rows, *arguments)
+
+
+@kernel(256)
+def _narrow_sparse_xent_grad(
+    items, pitch, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows
+):
+    """A thread takes a row from shared memory, then from there again; the block writes the gradients side by side."""
+    classes, thread = rows[5], np.int64(cuda.threadIdx.x)
+    first = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
+    size = min(np.int64(cuda.blockDim.x), items - first)
+    room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
+    room = room_of(like, room_32, room_64)
+    bring_rows(like, rows, first, size, pitch, room)
+    r, at, zero, looked_at = first + thread, thread * pitch, compute_zero(like), False
+    y, s, c, x, g = np.int64(-1), 0.0, -np.inf, 0.0, 0.0
+    if thread < size:
+        looked_at = counts(r, labels, weights, ignore_index)
+        if looked_at:
+            y, x, g = label_at(labels, r), np.nan, load(0.0, scale + r * 8)
+            if 0 <= y < classes:
+                x = np.float64(room[at + y])
+                room[at + y] = minus_inf(like)
+                s, c = few_sum(like, room, at, classes)
+        store(loss + r * item_size(zero), loss_of(like, s, c, x))
+    m, low, shift, factor, entry = frame_of(zero, s, c, x, g)
+    cuda.syncthreads()
+    bring_rows(like, rows, first, size, pitch, room)
+    if thread < size:
+        for j in range(classes):
+            room[at + j] = grad_of(room[at + j], m, low, shift, factor) if looked_at else zero
+        if 0 <= y < classes:
+            room[at + y] = entry
+    cuda.syncthreads()
+    for k in range(thread, size * classes, np.int64(cuda.blockDim.x)):
+        i = np.int64(np.int32(k) // np.int32(classes))
+        j = k - i * classes
+        store_item(like_grad, row_address(grad_rows, first + i) + j * grad_rows[4], room[i * pitch + j])
 
 
 def narrow_normalize(work, items, like, rows, logarithm, out):
