@@ -217,8 +217,8 @@ def widen_half(context, builder, h):
 
 
 def narrow(builder, result, x, features="+f16c"):
-    """LLVM code for float32 to bfloat16 (uint16) or float16 (int16) bits, to nearest even, vectors too. NaN becomes
-    0x7FFF, as CUDA's instructions have it."""
+    """LLVM code for float32 to bfloat16 (uint16) or float16 (int16) bits, to nearest even, vectors too. np.nan becomes
+    a NaN, which differs by machine."""
     lanes = getattr(x.type, "count", None)
 
     def of(kind, value=None):
@@ -229,14 +229,13 @@ def narrow(builder, result, x, features="+f16c"):
         name = "bf16" if result == types.uint16 else "f16"
         kind = ir.FunctionType(_I16, [_F32])
         return builder.call(ir.InlineAsm(kind, f"cvt.rn.{name}.f32 $0, $1;", "=h,f"), [x])
-    word, nan = builder.bitcast(x, of(_I32)), builder.fcmp_unordered("uno", x, x)
+    word = builder.bitcast(x, of(_I32))
     if result == types.uint16:
         odd = builder.and_(builder.lshr(word, of(_I32, 16)), of(_I32, 1))
         half = builder.lshr(builder.add(word, builder.add(odd, of(_I32, 0x7FFF))), of(_I32, 16))
-        return builder.trunc(builder.select(nan, of(_I32, 0x7FFF), half), of(_I16))
+        return builder.trunc(half, of(_I16))
     if platform.machine().lower() not in ("x86_64", "amd64") or "+f16c" in features:
-        half = builder.bitcast(builder.fptrunc(x, of(ir.HalfType())), of(_I16))
-        return builder.select(nan, of(_I16, 0x7FFF), half)
+        return builder.bitcast(builder.fptrunc(x, of(ir.HalfType())), of(_I16))
     size = builder.and_(word, of(_I32, 0x7FFFFFFF))
     odd = builder.and_(builder.lshr(size, of(_I32, 13)), of(_I32, 1))
     normal = builder.lshr(builder.add(size, builder.add(odd, of(_I32, 0xFFF - (112 << 23)))), of(_I32, 13))
@@ -245,6 +244,7 @@ def narrow(builder, result, x, features="+f16c"):
     half = builder.select(builder.icmp_unsigned("<", size, of(_I32, 113 << 23)), small, normal)
     half = builder.select(builder.icmp_unsigned(">=", size, of(_I32, 143 << 23)), of(_I32, 0x7C00), half)
     half = builder.or_(half, builder.and_(builder.lshr(word, of(_I32, 16)), of(_I32, 0x8000)))
+    nan = builder.fcmp_unordered("uno", x, x)
     return builder.trunc(builder.select(nan, of(_I32, 0x7FFF), half), of(_I16))
 
 

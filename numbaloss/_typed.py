@@ -234,22 +234,22 @@ def _grad_frame(zero, top, others, k):
     return grad_frame_32
 
 
-def grad_of(x, m, low, shift, factor):
-    """One entry of a gradient but for the target's; the rest from grad_frame."""
+def grad_of(v, m, low, factor):
+    """One entry of a gradient but for the target's, of v = x - shift; the rest from grad_frame."""
 
 
 @overload(grad_of)
-def _grad_of(x, m, low, shift, factor):
-    if getattr(x, "dtype", x) == types.float64:
+def _grad_of(v, m, low, factor):
+    if getattr(v, "dtype", v) == types.float64:
 
-        def grad_of_64(x, m, low, shift, factor):
-            p, t = split_64(at_least(x - shift, low), m)
+        def grad_of_64(v, m, low, factor):
+            p, t = split_64(at_least(v, low), m)
             return p * low_bits_exponent(t) * factor
 
         return grad_of_64
 
-    def grad_of_32(x, m, low, shift, factor):
-        p, t = split_32(at_least(x - shift, low), m, ONE)
+    def grad_of_32(v, m, low, factor):
+        p, t = split_32(at_least(v, low), m, ONE)
         return p * low_bits_exponent(t) * factor
 
     return grad_of_32

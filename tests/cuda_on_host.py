@@ -158,8 +158,8 @@ def results(result):
     if isinstance(result, tuple):
         return tuple(results(r) for r in result if r is not None)
     result = to_numpy(result) if isinstance(result, cupy.ndarray) else np.array(result)
-    if result.dtype.kind == "f":
-        result[np.isnan(result)] = np.nan
+    if result.dtype.kind not in "biu":
+        result[result != result] = np.nan
     return result
 
 
@@ -404,17 +404,17 @@ _scalar_grad = scalar_twin(_typed.grad_of)
 
 
 @njit(error_model="numpy")
-def _grad_each(x, m, low, shift, factor, out):
+def _grad_each(x, m, low, factor, out):
     for i in range(out.size):
-        out[i] = _typed.grad_of(x[i], m, low, shift, factor)
+        out[i] = _typed.grad_of(x[i], m, low, factor)
 
 
 @twin(_typed.grad_of)
-def grad_of(x, m, low, shift, factor):
+def grad_of(x, m, low, factor):
     if not isinstance(x, np.ndarray):
-        return _scalar_grad(x, m, low, shift, factor)
+        return _scalar_grad(x, m, low, factor)
     out = np.empty_like(x)
-    _grad_each(x, m, low, shift, factor, out)
+    _grad_each(x, m, low, factor, out)
     return out
 
 

@@ -157,6 +157,21 @@ def store_as(typingctx, like, address, v, size):
 
 
 @intrinsic
+def store_item(typingctx, like, address, value):
+    """Write one float as the type of `like`, rounded. (Not store_as of a splat with a size of 1: LLVM 22 makes of that
+    a store that is as wide as before the rounding.)"""
+
+    def codegen(context, builder, sig, args):
+        _, address, x = args
+        if like in (types.int16, types.uint16):
+            x = narrow(builder, like, x, getattr(context.codegen(), "_tm_features", "+f16c"))
+        builder.store(x, builder.inttoptr(address, x.type.as_pointer()), align=like.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, value), codegen
+
+
+@intrinsic
 def transpose(typingctx, like, source, source_stride, size, target, target_stride):
     """16 rows of `size` neighbouring logits at `source` become 16 rows at `target`, the last all -inf for a size < 16.
 

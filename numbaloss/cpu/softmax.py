@@ -34,7 +34,19 @@ from ._chunks import (
 )
 from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, load, load_part, out_of_line, prefetch, span, stack, store_as, transpose
+from ._memory import (
+    TILE_BYTES,
+    gather,
+    load,
+    load_part,
+    out_of_line,
+    prefetch,
+    span,
+    stack,
+    store_as,
+    store_item,
+    transpose,
+)
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
 NARROW = 256  # classes up to which rows go side by side into the vector lanes
@@ -266,7 +278,7 @@ def fill_grad_frames(s, c, x, scale, k, frames):
 def grad_column(x, frames):
     m, low, shift, factor = frames[0], frames[1], frames[2], frames[3]
     for i in range(np.uint64(x.size)):
-        x[i] = grad_of(x[i], m[i], low[i], shift[i], factor[i])
+        x[i] = grad_of(x[i] - shift[i], m[i], low[i], factor[i])
 
 
 @njit
@@ -300,17 +312,14 @@ def write_rows(turned, like_grad, grad_rows, first, size, spare):
 def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, room):
     """Entries of a gradient row for a tile of logits, `target` being the target's class in it, or -1."""
     out_of_line()
-    m, low, shift, factor, entry = frame
+    entry = frame[4]
     to = out if out_stride == item_size(like_grad) else room
-    for i in range(0, size // WIDTH * WIDTH, WIDTH):
-        g = grad_of(load(like, address + i * item_size(like)), m, low, shift, factor)
-        store_as(like_grad, to + i * item_size(like_grad), g, WIDTH)
-    i = size // WIDTH * WIDTH
-    if i < size:
-        g = grad_of(load_part(like, address + i * item_size(like), size - i), m, low, shift, factor)
-        store_as(like_grad, to + i * item_size(like_grad), g, size - i)
+    if frame[2] == 0:
+        grad_vectors(like, address, size, frame, None, like_grad, to)
+    else:
+        grad_vectors(like, address, size, frame, frame[2], like_grad, to)
     if target >= 0:
-        store_as(like_grad, to + target * item_size(like_grad), splat(entry), 1)
+        store_item(like_grad, to + target * item_size(like_grad), entry)
     scatter(like_grad, to, size, out, out_stride)
 
 
@@ -322,6 +331,30 @@ def fill_row(like_grad, out, stride, classes, value, room):
         store_as(like_grad, room + i * item_size(like_grad), splat(value), WIDTH)
     for begin in range(0, classes, LANES):
         scatter(like_grad, room, min(LANES, classes - begin), out + begin * stride, stride)
+
+
+@njit
+def grad_vectors(like, address, size, frame, shift, like_grad, to):
+    """grad_of side by side; a `shift` of None is 0."""
+    m, low, _, factor, _ = frame
+    for i in range(0, size // WIDTH * WIDTH, WIDTH):
+        x = shifted(load(like, address + i * item_size(like)), shift)
+        store_as(like_grad, to + i * item_size(like_grad), grad_of(x, m, low, factor), WIDTH)
+    i = size // WIDTH * WIDTH
+    if i < size:
+        x = shifted(load_part(like, address + i * item_size(like), size - i), shift)
+        store_as(like_grad, to + i * item_size(like_grad), grad_of(x, m, low, factor), size - i)
+
+
+def shifted(x, shift):
+    """x - shift, or x if shift is None."""
+
+
+@overload(shifted)
+def _shifted(x, shift):
+    if shift == types.none:
+        return lambda x, shift: x
+    return lambda x, shift: x - shift
 
 
 @njit

@@ -288,7 +288,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         g = fill(like, as_result(like, x))
         if address != 0:
             v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
-            g = grad_of(v, m, low, shift, factor)
+            g = grad_of(v - shift, m, low, factor)
         store_part(like, like_grad, to, grad_stride, position, before, near, g)
         p += warps * LANES
     if address != 0:
@@ -366,7 +366,7 @@ def _narrow_sparse_xent_grad(
     bring_rows(like, rows, first, size, pitch, room)
     if thread < size:
         for j in range(classes):
-            room[at + j] = grad_of(room[at + j], m, low, shift, factor) if looked_at else zero
+            room[at + j] = grad_of(room[at + j] - shift, m, low, factor) if looked_at else zero
         if 0 <= y < classes:
             room[at + y] = entry
     cuda.syncthreads()
