@@ -5,6 +5,7 @@ without a GPU. Anything that would ask a driver raises.
 import contextlib
 import ctypes
 import itertools
+import struct
 import sys
 from types import SimpleNamespace
 from unittest import mock
@@ -122,6 +123,7 @@ def on_host(order=None, launches=None):
         return
 
     def compiled(kernel, first):
+        _launch.signature(first), struct.calcsize(_launch.parameters(first))  # raise for what cannot be packed
         sizes = [len(x) if type(x) is tuple else None for x in first]
 
         def start(blocks, threads, stream, numbers):

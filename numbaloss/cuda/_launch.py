@@ -94,6 +94,7 @@ class Compiled:
 
 _TYPES = {
     int: ("q", types.int64),
+    float: ("d", types.float64),
     np.int32: ("i", types.int32),
     np.int16: ("h", types.int16),
     np.uint16: ("H", types.uint16),
