@@ -26,14 +26,14 @@ def value_and_grad(loss, wrt="logits"):
 
     Args:
         loss: numbaloss.cross_entropy (with integer targets) or sparse_softmax_cross_entropy_with_logits.
-        wrt: "logits".
+        wrt: an argument's name, or a tuple of names: what the loss is differentiated by.
         upstream: real numbers that broadcast to the loss: the gradient is that of sum(upstream * loss).
-        out: where the gradient goes, of logits' shape and dtype (or float32 for 16 bits). May be the logits themselves,
-            which then are overwritten, and only then.
+        out: where the gradient goes, of the argument's shape and dtype (or float32 for 16 bits); for a tuple of names a
+            tuple, with None for a new array. May be the logits themselves, which then are overwritten, and only then.
     Returns:
-        (value, gradient): the gradient of logits' shape and dtype. Zeros for rows that do not count, NaN for rows
-        without a softmax or with a label out of range. Error under 4 eps of the row's largest entry, and of the
-        target's own entry; in 16 bits rounded once more.
+        (value, gradient), the gradient of the argument's shape and dtype, or a tuple of gradients. Zeros for rows that
+        do not count, NaN for rows without a softmax or with a label out of range. Error under 4 eps of the row's
+        largest entry, and of the target's own entry; in 16 bits rounded once more.
     Raises:
         TypeError, ValueError: as the loss; an upstream that does not broadcast to the loss, an out that does not fit.
     Source: jax.value_and_grad; torch.autograd for the options of cross_entropy.
@@ -45,40 +45,58 @@ def value_and_grad(loss, wrt="logits"):
     if loss not in _GRADIENTS:
         expected = ", ".join(f.__name__ for f in _GRADIENTS)
         raise TypeError(f"loss: expected one of {expected}, got {getattr(loss, '__name__', loss)!r}")
-    _check.choice(wrt, "wrt", ("logits",))
-    signature, gradient = inspect.signature(loss), _GRADIENTS[loss]
+    allowed, gradient = _GRADIENTS[loss]
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        _check.choice(name, "wrt", allowed)
+    signature = inspect.signature(loss)
 
     @wraps(loss)
     @on_its_device
     def run(*args, upstream=None, out=None, **options):
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
-        return gradient(**bound.arguments, upstream=upstream, out=out)
+        if isinstance(wrt, str):
+            outs = (out,)
+        elif out is None:
+            outs = (None,) * len(names)
+        elif isinstance(out, tuple) and len(out) == len(names):
+            outs = out
+        else:
+            raise TypeError(f"out: expected a tuple of {len(names)} arrays or None, as wrt is one, got {out!r:.60}")
+        value, grads = gradient(upstream, dict(zip(names, outs)), **bound.arguments)
+        return value, grads[wrt] if isinstance(wrt, str) else tuple(grads[name] for name in names)
 
     return run
 
 
-def _cross_entropy(logits, targets, weights, class_weights, ignore_index, axis, reduction, check_labels, upstream, out):
+# -- by loss: f(upstream, out, **arguments of the loss) -> (value, {name: gradient}), the keys of `out` being the wanted
+# names and its values arrays or None
+
+
+def _cross_entropy(upstream, out, logits, targets, weights, class_weights, ignore_index, axis, reduction, check_labels):
     logits = _check.logits(logits)
     targets = _check.number_array(targets, "targets", logits)
     _check.choice(reduction, "reduction", ("mean", "sum", "none"))
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integers for a gradient, got dtype {targets.dtype}")
     ignore = _check.integer(_IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
-    return _sparse(
-        logits, targets, weights, class_weights, ignore, axis, reduction, check_labels, upstream, out, "targets"
-    )
+    options = weights, class_weights, ignore, axis, reduction, check_labels
+    value, grad = _sparse(logits, targets, *options, upstream, out["logits"], "targets")
+    return value, {"logits": grad}
 
 
-def _sparse_softmax_cross_entropy(labels, logits, name, check_labels, upstream, out):
+def _sparse_softmax_cross_entropy(upstream, out, labels, logits, name, check_labels):
     logits = _check.logits(logits)
     labels = _check.number_array(labels, "labels", logits)
-    return _sparse(logits, labels, None, None, _check.NO_LABEL, -1, "none", check_labels, upstream, out, "labels")
+    options = None, None, _check.NO_LABEL, -1, "none", check_labels
+    value, grad = _sparse(logits, labels, *options, upstream, out["logits"], "labels")
+    return value, {"logits": grad}
 
 
 _GRADIENTS = {
-    cross_entropy: _cross_entropy,
-    sparse_softmax_cross_entropy_with_logits: _sparse_softmax_cross_entropy,
+    cross_entropy: (("logits",), _cross_entropy),
+    sparse_softmax_cross_entropy_with_logits: (("logits",), _sparse_softmax_cross_entropy),
 }
 
 
