@@ -10,6 +10,7 @@ from .sigmoid import sigmoid_cross_entropy_with_logits, weighted_cross_entropy_w
 from .softmax import (
     TokenScores,
     cross_entropy,
+    focal_loss,
     log_softmax,
     logsumexp,
     score_tokens,
@@ -26,6 +27,7 @@ __all__ = [
     "TokenScores",
     "__version__",
     "cross_entropy",
+    "focal_loss",
     "log_softmax",
     "logsumexp",
     "score_tokens",

@@ -5,6 +5,8 @@ range of rows that it holds. An array that the kernels can read where it lies is
 other (foreign byte order, unaligned, more than two independent row strides) is copied piece by piece.
 """
 
+import math
+
 import numpy as np
 
 from ._backend import array_module, is_cupy
@@ -18,7 +20,8 @@ _KINDS = {  # dtype name -> a zero of the dtype that the kernels know it by
     "float64": np.float64(0),
 }
 NO_LABEL = -(2**63)  # the ignore_index that ignores nothing
-NOTHING, FACTORS, FACTORS_OR_NONE, NONZERO_OR_NONE = range(4)  # what a sum of factor * value is divided by
+# what a sum of factor * value is divided by; CLASS_FACTORS: by the factors, whose class weights do not multiply values
+NOTHING, FACTORS, CLASS_FACTORS, FACTORS_OR_NONE, NONZERO_OR_NONE = range(5)
 _BY_DTYPE = {}
 _INT64_MAX = np.iinfo(np.int64).max
 _DLPACK_CUDA = 2
@@ -144,7 +147,7 @@ def class_weights(x, classes, dtype, logits):
         return None
     x = number_array(x, "class_weights", logits)
     same_shape(x, "class_weights", (classes,), "the classes of logits")
-    return array_module(x).ascontiguousarray(x, dtype)
+    return x.astype(dtype, order="C")
 
 
 def flat(x):
@@ -163,6 +166,15 @@ def gradient(out, logits, axis):
         raise ValueError("out: expected an array that can be written, got a read-only one")
     if out.size and readable(class_axis_last(out, axis, "out")) is None:
         raise ValueError("out: expected native byte order and at most two row strides, got another layout")
+    return out
+
+
+def like_argument(out, argument, name):
+    """The array that the gradient by a small argument goes to; None stays None."""
+    if argument is None:
+        raise ValueError(f"{name}: expected an argument to differentiate by, got None")
+    if out is not None:
+        same_shape(out, "out", np.shape(argument), name)
     return out
 
 
@@ -232,36 +244,67 @@ def integer(x, name):
     return value
 
 
-def pieces(*arrays):
+def real(x, name, low, high=math.inf, above=False):
+    """x as a Python float in [low, high], or above `low`, and finite."""
+    try:
+        value = float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a real number, got {type(x).__name__}") from None
+    if not low <= value <= high or (above and value == low) or math.isinf(value):
+        span = f"above {low:g}" if above else f"in [{low:g}, {high:g}]" if high < math.inf else f"from {low:g} on"
+        raise ValueError(f"{name}: expected a finite number {span}, got {x!r}")
+    return value
+
+
+def pieces(*arrays, prepare=None):
     """Rows of arrays that share all axes but the last: [(begin, end, [(like, rows, owner) for each array])].
 
-    `owner` keeps the memory alive. One piece where the kernels can read all arrays in place.
+    `owner` keeps the memory alive. One piece where the kernels can read all arrays in place; else pieces of PIECE
+    bytes, what cannot be read being copied. `prepare`, if given, makes the first array from each piece of it.
     """
-    first = arrays[0]
-    n = first.size // first.shape[-1] if first.size else 0
-    if n == 0:
+    if arrays[0].size == 0:
         return []
     layouts = [_layout(x) for x in arrays]
-    if None not in layouts:
-        return [(0, n, [(carrier(x.dtype), rows, x) for x, rows in zip(arrays, layouts)])]
-    return _copied_pieces(arrays, n)
+    if prepare is not None or None in layouts:
+        return _prepared_pieces(arrays, prepare)
+    whole = [(carrier(x.dtype), rows, x) for x, rows in zip(arrays, layouts)]
+    return [(0, arrays[0].size // arrays[0].shape[-1], whole)]
+
+
+def _prepared_pieces(arrays, prepare):
+    for begin, end, index in blocks(arrays[0]):
+        parts = [_in_reach(x[index], arrays[0]) for x in arrays]
+        if prepare is not None:
+            parts[0] = prepare(parts[0])
+        yield begin, end, [(carrier(x.dtype), _layout(x), x) for x in parts]
+
+
+def _in_reach(x, logits):
+    """x, or a copy that the kernels can read."""
+    if _layout(x) is not None:
+        return x
+    dtype = x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(logits)
+    return x.astype(dtype, order="C")
+
+
+def blocks(x, begin=0, index=()):
+    """(begin, end, index) of blocks of about PIECE bytes: x[index] has the rows [begin, end) of x."""
+    step = max(1, PIECE[array_module(x).__name__] * len(x) // (x.size * x.itemsize)) if x.ndim > 1 else len(x)
+    if step == 1 and x.ndim > 2:
+        for i in range(len(x)):
+            yield from blocks(x[i], begin + i * (x[i].size // x.shape[-1]), (*index, i))
+    else:
+        for i in range(0, len(x), step):
+            part = x[i : i + step]
+            rows = part.size // x.shape[-1]
+            yield begin, begin + rows, (*index, slice(i, i + step))
+            begin += rows
 
 
 def readable(x):
     """(like, rows) of an array that the kernels can read, and write, where it lies; None for another."""
     rows = _layout(x)
     return None if rows is None else (carrier(x.dtype), rows)
-
-
-def _copied_pieces(arrays, n):
-    xp = array_module(arrays[0])
-    dtypes = [x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(arrays[0]) for x in arrays]
-    step = max(1, PIECE[xp.__name__] // (arrays[0].shape[-1] * arrays[0].itemsize))
-    for begin in range(0, n, step):
-        end = min(begin + step, n)
-        index = xp.unravel_index(xp.arange(begin, end), arrays[0].shape[:-1]) if arrays[0].ndim > 1 else (None,)
-        blocks = [xp.ascontiguousarray(x[index], dtype) for x, dtype in zip(arrays, dtypes)]
-        yield begin, end, [(carrier(x.dtype), _layout(x), x) for x in blocks]
 
 
 def element_rows(*arrays):

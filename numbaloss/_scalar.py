@@ -431,6 +431,19 @@ def scale_of(s, c, x, scale):
 
 
 @scalar
+def dense_loss(distance, mass, log1p_u, largest, z_loss):
+    """distance + mass log(1 + u) + z_loss lse^2, lse = largest + log(1 + u)."""
+    lse = largest + log1p_u
+    return fma(rounded_product(z_loss, lse), lse, fma(mass, log1p_u, distance))
+
+
+@scalar
+def dense_entry(mass, tilt, share, p, others):
+    """(mass + tilt) p - share, where p = 1 - others, which is right relatively also where p is nearly 1."""
+    return fma(tilt, p, fma(-mass, others, mass - share))
+
+
+@scalar
 def row_entropy(s, c, b, x, full):
     """Entropy in nats of a row whose largest logit is x: log(1 + u) + sum_j e^d_j (-d_j) / (1 + u), d_j = x_j - x.
 
@@ -496,6 +509,33 @@ def weighted_loss(x, z, q, one, log1p_exp):
     factor = select(x >= one - one, negative, positive)
     both = fma(q, z, negative) * log1p_exp
     return select(factor == one - one, both, fma(abs(x), factor, both))
+
+
+@scalar
+def focal_factors(loss, gamma):
+    """(p, q, q^gamma) of p = exp(-loss), q = 1 - p, for a loss >= 0; NaN for NaN."""
+    p = select(loss == loss, exp_64(-loss), loss)
+    # of a small loss, 1 - p = (1 - p) * loss / -log(p), where the errors of both differences cancel
+    q = 1.0 - p
+    near = select(q > 0.0, q, 0.5)
+    q = select(loss < 1.0, select(q > 0.0, near * (loss / -log_plus(1.0 - near, 0.0, True)), loss), q)
+    power = exp_64(gamma * log_plus(select(q > 0.0, q, 1.0), 0.0, True))
+    return p, q, select(q == 0.0, 0.0, select(q == q, power, q))
+
+
+@scalar
+def focal_row(loss, gamma):
+    """(1 - p)^gamma loss, p = exp(-loss)."""
+    _, _, power = focal_factors(loss, gamma)
+    return select(power == 0.0, 0.0, power * loss)
+
+
+@scalar
+def focal_row_slope(loss, gamma):
+    """d focal_row / d loss = q^gamma (1 + gamma p loss / q)."""
+    p, q, power = focal_factors(loss, gamma)
+    ratio = select(p == 0.0, 0.0, p * (loss / select(q == 0.0, 1.0, q)))
+    return power * fma(gamma, ratio, 1.0)
 
 
 # -- terms of a sum ----------------------------------------------------------------------------------------------

@@ -3,20 +3,23 @@
 import inspect
 from functools import wraps
 
-import numpy as np
-
-from . import _check
+from . import _check, _xent
 from ._backend import array_module, kernels, on_its_device
+from .sequence import _for_steps, _sequence_rows, sequence_loss
+from .sequence import _reduced as _reduced_sequence
 from .softmax import (
-    _DEFAULT,
-    _IGNORED,
-    _sparse_grad,
+    _cross_entropy_rows,
+    _dense_rows,
+    _focal_rows,
+    _sparse_rows,
     cross_entropy,
+    focal_loss,
+    softmax_cross_entropy_with_logits,
     sparse_softmax_cross_entropy_with_logits,
 )
 
 
-def value_and_grad(loss, wrt="logits"):
+def value_and_grad(loss, wrt="logits", *, derivative=None):
     """A function that gives the value of a loss and its gradient.
 
         value, grad = value_and_grad(loss)(*args, upstream=None, out=None, **options)
@@ -25,15 +28,21 @@ def value_and_grad(loss, wrt="logits"):
     gradient written once. The target's entry comes without cancellation: it is right relatively, however small.
 
     Args:
-        loss: numbaloss.cross_entropy (with integer targets) or sparse_softmax_cross_entropy_with_logits.
-        wrt: an argument's name, or a tuple of names: what the loss is differentiated by.
+        loss: a loss of this package.
+        wrt: an argument's name, or a tuple of names: what the loss is differentiated by. "logits", "weights", "labels"
+            (of softmax_cross_entropy_with_logits) or "targets" (class probabilities of cross_entropy, sequence_loss).
+        derivative: "tensorflow" or "true", for softmax_cross_entropy_with_logits alone, whose gradient in TensorFlow is
+            softmax - labels also where the labels of a row do not sum to 1; the true derivative is then
+            sum(labels) * softmax - labels. TensorFlow's unless given.
+    The function takes, besides the loss's own arguments:
         upstream: real numbers that broadcast to the loss: the gradient is that of sum(upstream * loss).
         out: where the gradient goes, of the argument's shape and dtype (or float32 for 16 bits); for a tuple of names a
             tuple, with None for a new array. May be the logits themselves, which then are overwritten, and only then.
     Returns:
-        (value, gradient), the gradient of the argument's shape and dtype, or a tuple of gradients. Zeros for rows that
-        do not count, NaN for rows without a softmax or with a label out of range. Error under 4 eps of the row's
-        largest entry, and of the target's own entry; in 16 bits rounded once more.
+        (value, gradient), the gradient of the argument's shape and dtype (float32, or float64 for float64 logits, for
+        an argument that is not an array of floats), or a tuple of gradients. Zeros for rows that do not count, NaN for
+        rows without a softmax or with a label out of range. Error under 4 eps of the row's largest entry, and of the
+        target's own entry; in 16 bits rounded once more.
     Raises:
         TypeError, ValueError: as the loss; an upstream that does not broadcast to the loss, an out that does not fit.
     Source: jax.value_and_grad; torch.autograd for the options of cross_entropy.
@@ -49,6 +58,11 @@ def value_and_grad(loss, wrt="logits"):
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
         _check.choice(name, "wrt", allowed)
+    fixed = {}
+    if loss is softmax_cross_entropy_with_logits:
+        fixed["as_one"] = _check.choice(derivative, "derivative", (None, "tensorflow", "true")) != "true"
+    elif derivative is not None:
+        raise ValueError(f"derivative: expected None for {loss.__name__}, got {derivative!r}")
     signature = inspect.signature(loss)
 
     @wraps(loss)
@@ -64,7 +78,7 @@ def value_and_grad(loss, wrt="logits"):
             outs = out
         else:
             raise TypeError(f"out: expected a tuple of {len(names)} arrays or None, as wrt is one, got {out!r:.60}")
-        value, grads = gradient(upstream, dict(zip(names, outs)), **bound.arguments)
+        value, grads = gradient(upstream, dict(zip(names, outs)), **fixed, **bound.arguments)
         return value, grads[wrt] if isinstance(wrt, str) else tuple(grads[name] for name in names)
 
     return run
@@ -74,56 +88,85 @@ def value_and_grad(loss, wrt="logits"):
 # names and its values arrays or None
 
 
-def _cross_entropy(upstream, out, logits, targets, weights, class_weights, ignore_index, axis, reduction, check_labels):
-    logits = _check.logits(logits)
-    targets = _check.number_array(targets, "targets", logits)
+def _cross_entropy(upstream, out, reduction, **arguments):
     _check.choice(reduction, "reduction", ("mean", "sum", "none"))
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"targets: expected integers for a gradient, got dtype {targets.dtype}")
-    ignore = _check.integer(_IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
-    options = weights, class_weights, ignore, axis, reduction, check_labels
-    value, grad = _sparse(logits, targets, *options, upstream, out["logits"], "targets")
-    return value, {"logits": grad}
+    return _reduced(_cross_entropy_rows(**arguments), reduction, upstream, out, **arguments)
+
+
+def _focal(upstream, out, reduction, **arguments):
+    _check.choice(reduction, "reduction", ("mean", "sum", "none"))
+    return _reduced(_focal_rows(**arguments), reduction, upstream, out, **arguments)
+
+
+def _softmax_cross_entropy(upstream, out, as_one, labels, logits, axis, name, dim):
+    q = _dense_rows(labels, logits, axis, dim)
+    return _reduced(q, "none", upstream, out, as_one, labels=labels)
 
 
 def _sparse_softmax_cross_entropy(upstream, out, labels, logits, name, check_labels):
-    logits = _check.logits(logits)
-    labels = _check.number_array(labels, "labels", logits)
-    options = None, None, _check.NO_LABEL, -1, "none", check_labels
-    value, grad = _sparse(logits, labels, *options, upstream, out["logits"], "labels")
-    return value, {"logits": grad}
+    return _reduced(_sparse_rows(labels, logits, check_labels), "none", upstream, out)
+
+
+def _reduced(q, reduction, upstream, out, as_one=False, **arguments):
+    """(value, gradients) of losses that are reduced as cross_entropy's."""
+    _same_kind(q, upstream, out)
+    upstream = _check.upstream(upstream, q.shape if reduction == "none" else (), q.logits)
+    xp, divisor = array_module(q.logits), _xent.divisor_of(q) if reduction == "mean" else None
+
+    def value_of(loss):
+        value = _xent.reduced(q, loss, reduction)
+        return value, xp.reshape(value, 1) if reduction == "mean" else None
+
+    return _gradients(q, value_of, upstream, divisor, out, as_one, arguments)
+
+
+def _sequence_loss(upstream, out, logits, targets, weights, softmax_loss_function, name, **flags):
+    if softmax_loss_function is not None:
+        raise ValueError("softmax_loss_function: expected None for a gradient, got a function")
+    q, rule, divisor = _sequence_rows(logits, targets, weights, **flags)
+    _same_kind(q, upstream, out)
+    shape = q.shape if rule is None else () if rule[0] is None else (q.shape[rule[0]],)
+    upstream = _for_steps(_check.upstream(upstream, shape, q.logits), rule, q.shape)
+
+    def value_of(loss):
+        value = _reduced_sequence(loss, q.weights, rule)
+        averages = rule is not None and rule[1] == _check.FACTORS_OR_NONE
+        return value, _for_steps(array_module(loss).reshape(value, -1), rule, q.shape) if averages else None
+
+    return _gradients(q, value_of, upstream, divisor, out, False, {"targets": targets, "weights": weights})
+
+
+def _same_kind(q, upstream, out):
+    """Raise where NumPy and CuPy arrays are mixed."""
+    kernels("softmax", logits=q.logits, upstream=upstream, **{f"out ({name})": x for name, x in out.items()})
+
+
+def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):
+    """value_of(losses) and the gradients by the names in `out`; `upstream` and `divisor` a number a row, for all, or
+    None. value_of gives the value, and what it is a mean of or None."""
+    targets = [name for name in out if name in ("labels", "targets")]
+    if targets and q.dense is None:
+        raise TypeError(f"{targets[0]}: expected class probabilities for a gradient, got dtype {q.given.dtype}")
+    grads = {name: _check.like_argument(x, arguments[name], name) for name, x in out.items() if name != "logits"}
+    if "logits" in out:
+        grads["logits"] = _check.gradient(out["logits"], q.logits, q.axis)
+    slopes = _xent.slopes_of(q, upstream, divisor)
+    for name in targets:  # before the logits may be overwritten
+        grads[name] = _xent.label_gradients(q, slopes, arguments[name], grads[name])
+    loss = _xent.gradients(q, slopes, grads["logits"], as_one) if "logits" in out else _xent.losses(q)
+    rows = loss.copy() if "weights" in out else None
+    value, mean = value_of(loss)
+    if "weights" in out:
+        grads["weights"] = _xent.weight_gradients(
+            q, rows, upstream, divisor, mean, arguments["weights"], out["weights"]
+        )
+    return value, grads
 
 
 _GRADIENTS = {
-    cross_entropy: (("logits",), _cross_entropy),
+    cross_entropy: (("logits", "weights", "targets"), _cross_entropy),
+    focal_loss: (("logits", "weights"), _focal),
+    softmax_cross_entropy_with_logits: (("logits", "labels"), _softmax_cross_entropy),
     sparse_softmax_cross_entropy_with_logits: (("logits",), _sparse_softmax_cross_entropy),
+    sequence_loss: (("logits", "weights", "targets"), _sequence_loss),
 }
-
-
-def _sparse(logits, targets, weights, class_weights, ignore, axis, reduction, check_labels, upstream, out, name):
-    """(value, gradient with respect to the logits) of the cross entropy of integer targets."""
-    arrays = {"logits": logits, name: targets, "weights": weights, "class_weights": class_weights}
-    family = kernels("softmax", **arrays, upstream=upstream, out=out)
-    xp, shape = array_module(logits), _check.class_axis_last(logits, axis).shape[:-1]
-    _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
-    weights = _check.weights(weights, shape, logits)
-    by_class = _check.class_weights(class_weights, logits.shape[axis], np.float64, logits)
-    y, given = _check.labels(targets, shape, name, logits)
-    if check_labels == "raise" or (check_labels == "auto" and xp is np):  # before anything is overwritten
-        _check.raise_bad_label(given, logits.shape[axis], weights, ignore, name)
-    grad = _check.gradient(out, logits, axis)
-    upstream = _check.upstream(upstream, shape if reduction == "none" else (), logits)
-    totals, factors = kernels("totals", logits=logits), (y, weights, by_class, ignore)
-    slopes, divisor, n = xp.empty(int(np.prod(shape)), np.float64), None, int(np.prod(shape))
-    if reduction == "mean":
-        totals.slopes(n, n, None, *factors, None, slopes)
-        divisor = totals.total(slopes, None, None, None, _check.NO_LABEL, _check.NOTHING).reshape(1)
-    totals.slopes(n, n, upstream, *factors, divisor, slopes)
-    loss = _sparse_grad(family, logits, y, axis, weights, ignore, slopes, grad)
-    flat = _check.flat(loss)
-    if reduction != "none":
-        divided = _check.FACTORS if reduction == "mean" else _check.NOTHING
-        return totals.total(flat, *factors, divided), grad
-    if weights is not None or class_weights is not None:
-        totals.scale(n, n, flat, *factors)
-    return _check.result(loss), grad

@@ -1,8 +1,9 @@
 """tf.contrib.seq2seq's sequence loss."""
 
-from . import _check
+import numpy as np
+
+from . import _check, _xent
 from ._backend import array_module, kernels, on_its_device
-from .softmax import _dense, _sparse
 
 
 @on_its_device
@@ -51,7 +52,18 @@ def sequence_loss(
     >>> sequence_loss(np.array([[[1.0, 2.0]]]), [[1]], [[1.0]])
     np.float64(0.31326168751822286)
     """
-    at, ab, st, sb = average_across_timesteps, average_across_batch, sum_over_timesteps, sum_over_batch
+    flags = average_across_timesteps, average_across_batch, sum_over_timesteps, sum_over_batch
+    rule = _rule(*flags)
+    logits, targets, weights = _checked(logits, targets, weights)
+    if softmax_loss_function is None:
+        loss = _xent.losses(_rows(logits, targets, weights))
+    else:
+        loss = _losses_by(softmax_loss_function, logits, targets)
+    return _reduced(loss, weights, rule)
+
+
+def _rule(at, ab, st, sb):
+    """(axis that stays, divisor): axis None for a scalar; None for no reduction."""
     for one, other, first, second, why in (
         (at, st, "average_across_timesteps", "sum_over_timesteps", ""),
         (ab, sb, "average_across_batch", "sum_over_batch", ""),
@@ -60,46 +72,85 @@ def sequence_loss(
     ):
         if one and other:
             raise ValueError(f"{first} and {second} cannot be set to True at same time{why}")
+    if not (at or ab or st or sb):
+        return None
+    axis = None if (at and ab) or (st and sb) else 0 if at or st else 1
+    return axis, _check.FACTORS_OR_NONE if at or ab else _check.NONZERO_OR_NONE
+
+
+def _checked(logits, targets, weights):
+    """The arguments as arrays, weights as the kernels read them."""
     logits = _check.logits(logits)
     if logits.ndim != 3:
         raise ValueError(f"logits: expected shape [batch, time, classes], got {logits.shape}")
     targets = _check.number_array(targets, "targets", logits)
-    family = kernels("totals", logits=logits, targets=targets, weights=weights)
-    batch, time = shape = logits.shape[:2]
+    kernels("totals", logits=logits, targets=targets, weights=weights)
+    shape = logits.shape[:2]
     weights = _check.number_array(weights, "weights", logits)
     _check.same_shape(weights, "weights", shape, f"logits {logits.shape}")
-    weights = _check.weights(weights, shape, logits)
-    loss = _losses(logits, targets, weights, softmax_loss_function)
-    flat = loss.reshape(-1)
-    if not (at or ab or st or sb):
-        family.scale(flat.size, flat.size, flat, None, weights, None, _check.NO_LABEL)
-        return loss
-    divisor = _check.FACTORS_OR_NONE if at or ab else _check.NONZERO_OR_NONE
-    if (at and ab) or (st and sb):
-        return family.total(flat, None, weights, None, _check.NO_LABEL, divisor)
-    rows, items, row_step, step = (batch, time, time, 1) if at or st else (time, batch, 1, time)
-    result = array_module(loss).empty(rows, loss.dtype)
-    family.row_totals(flat.size, rows, flat, weights, items, row_step, step, divisor, result)
-    return result
-
-
-def _losses(logits, targets, weights, function):
-    """The cross entropy of every step, [batch, time]."""
-    shape = logits.shape[:2]
     if targets.ndim == 3:
         _check.same_shape(targets, "targets", logits.shape, "logits")
     else:
         _check.same_shape(targets, "targets", shape, f"logits {logits.shape}")
-    if function is not None:
-        flat = logits.reshape(-1, logits.shape[2])
-        loss = function(labels=targets.reshape(-1, *targets.shape[2:]), logits=flat)
-        loss = _check.number_array(loss, "softmax_loss_function's result", logits)
-        kernels("totals", logits=logits, loss=loss)
-        _check.same_shape(loss, "softmax_loss_function's result", (len(flat),), "its logits")
-        return (
-            array_module(logits).array(loss, _check.result_dtype(logits)).reshape(shape)
-        )  # a copy: scale writes to it
-    family = kernels("softmax", logits=logits)
+    return logits, targets, _check.weights(weights, shape, logits)
+
+
+def _rows(logits, targets, weights):
     if targets.ndim == 3:
-        return _dense(family, logits, targets, -1, weights, None, "targets")
-    return _sparse(family, logits, targets, -1, weights, None, "auto", "targets")[0]
+        return _xent.Rows(logits, -1, dense=targets, weights=weights)
+    return _xent.labelled(logits, targets, -1, "targets", "auto", weights)
+
+
+def _losses_by(function, logits, targets):
+    """The loss of every step by a function of the user's, [batch, time]."""
+    flat = logits.reshape(-1, logits.shape[2])
+    loss = function(labels=targets.reshape(-1, *targets.shape[2:]), logits=flat)
+    loss = _check.number_array(loss, "softmax_loss_function's result", logits)
+    kernels("totals", logits=logits, loss=loss)
+    _check.same_shape(loss, "softmax_loss_function's result", (len(flat),), "its logits")
+    loss = array_module(logits).array(loss, _check.result_dtype(logits))  # a copy: it is written to
+    return loss.reshape(logits.shape[:2])
+
+
+def _reduced(loss, weights, rule):
+    """The losses [batch, time] weighted, in place, or their totals."""
+    family, flat = kernels("totals", loss=loss), loss.reshape(-1)
+    if rule is None:
+        family.scale(flat.size, flat.size, flat, None, weights, None, _check.NO_LABEL)
+        return loss
+    axis, divisor = rule
+    if axis is None:
+        return family.total(flat, None, weights, None, _check.NO_LABEL, divisor)
+    return _row_totals(loss, weights, rule)[0]
+
+
+def _row_totals(loss, weights, rule):
+    """(totals, what they were divided by) along what `rule` reduces; one of each for an axis of None."""
+    axis, divisor = rule
+    (batch, time), xp = loss.shape, array_module(loss)
+    rows, items, row_step, step = ((1, loss.size, 0, 1), (batch, time, time, 1), (time, batch, 1, time))[
+        0 if axis is None else axis + 1
+    ]
+    totals, divisors = xp.empty(rows, loss.dtype), xp.empty(rows, np.float64)
+    family, flat = kernels("totals", loss=loss), loss.reshape(-1)
+    family.row_totals(flat.size, rows, flat, weights, items, row_step, step, divisor, totals, divisors)
+    return totals, divisors
+
+
+def _sequence_rows(logits, targets, weights, **flags):
+    """(rows, rule, divisor of every step) for a gradient."""
+    rule = _rule(*flags.values())
+    logits, targets, weights = _checked(logits, targets, weights)
+    rows = _rows(logits, targets, weights)
+    if rule is None:
+        return rows, rule, None
+    zeros = array_module(logits).zeros(rows.shape, np.float32)
+    return rows, rule, _for_steps(_row_totals(zeros, weights, rule)[1], rule, rows.shape)
+
+
+def _for_steps(x, rule, shape):
+    """What a total is divided or multiplied by, or None, for every step: a number for all, or one each."""
+    if x is None or rule is None or rule[0] is None or x.size == 1:
+        return x if x is None else x.reshape(-1) if isinstance(x, np.ndarray) else x
+    x = array_module(x).broadcast_to(x.reshape((-1, 1) if rule[0] == 0 else (1, -1)), shape)
+    return np.ascontiguousarray(x).reshape(-1) if isinstance(x, np.ndarray) else x

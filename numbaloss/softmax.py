@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _check
+from . import _check, _xent
 from ._backend import array_module, is_cupy, kernels, on_its_device
 
 _DEFAULT = object()
-_IGNORED = -100  # ignore_index unless given
 
 
 @on_its_device
@@ -36,33 +35,26 @@ def softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None, dim=No
     >>> softmax_cross_entropy_with_logits([[0.0, 0.0, 1.0]], np.array([[1.0, 2.0, 3.0]]))
     array([0.40760596])
     """
+    return _check.result(_xent.losses(_dense_rows(labels, logits, axis, dim)))
+
+
+def _dense_rows(labels, logits, axis, dim):
+    """The rows of softmax_cross_entropy_with_logits, whose labels broadcast."""
     if dim is not None:
         if axis != -1:
             raise ValueError(f"dim: expected None when axis is given, got dim={dim!r} and axis={axis!r}")
         axis = dim
     logits = _check.logits(logits)
     labels = _check.number_array(labels, "labels", logits)
-    family = kernels("softmax", logits=logits, labels=labels)
-    return _check.result(_dense(family, logits, labels, axis, None, None, "labels"))
-
-
-def _dense(family, logits, labels, axis, weights, class_weights, name):
-    """The loss of every row for class probabilities; `weights` only tells which rows are not looked at."""
-    x, xp = _check.class_axis_last(logits, axis), array_module(logits)
+    kernels("dense", logits=logits, labels=labels)
+    _check.class_axis_last(logits, axis)
     try:
-        labels = xp.broadcast_to(labels, logits.shape)
+        labels = array_module(logits).broadcast_to(labels, logits.shape)
     except ValueError:
         raise ValueError(
-            f"{name}: expected a shape that broadcasts to logits {logits.shape}, got {labels.shape}"
+            f"labels: expected a shape that broadcasts to logits {logits.shape}, got {labels.shape}"
         ) from None
-    z = _check.class_axis_last(labels, axis, name)
-    loss = xp.empty(x.shape[:-1], _check.result_dtype(x))
-    flat = _check.flat(loss)
-    for begin, end, ((like, rows, _), (like_labels, label_rows, _)) in _check.pieces(x, z):
-        part = _check.part(weights, begin, end)
-        args = (like, rows, like_labels, label_rows, class_weights, part, _check.part(flat, begin, end))
-        family.dense_xent((end - begin) * x.shape[-1], end - begin, *args)
-    return loss
+    return _xent.Rows(logits, axis, dense=labels, name="labels")
 
 
 @on_its_device
@@ -89,47 +81,13 @@ def sparse_softmax_cross_entropy_with_logits(labels, logits, name=None, *, check
     >>> sparse_softmax_cross_entropy_with_logits([2], np.array([[1.0, 2.0, 3.0]]))
     array([0.40760596])
     """
+    return _check.result(_xent.losses(_sparse_rows(labels, logits, check_labels)))
+
+
+def _sparse_rows(labels, logits, check_labels):
     logits = _check.logits(logits)
-    family = kernels("softmax", logits=logits, labels=labels)
-    loss = _sparse(family, logits, labels, -1, None, None, check_labels, "labels")[0]
-    return _check.result(loss)
-
-
-def _sparse(family, logits, labels, axis, weights, ignore_index, check_labels, name):
-    """(loss of every row, labels as the kernels read them)."""
-    x = _check.class_axis_last(logits, axis)
-    _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
-    y, given = _check.labels(labels, x.shape[:-1], name, logits)
-    loss = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
-    flat, classes = _check.flat(loss), x.shape[-1]
-    kernel = family.narrow_sparse_xent if classes <= family.NARROW else family.sparse_xent
-    ignore = _check.NO_LABEL if ignore_index is None else ignore_index
-    bad = 0
-    for begin, end, [(like, rows, _)] in _check.pieces(x):
-        n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
-        bad += kernel(n * classes, n, like, rows, y_part, w_part, ignore, _check.part(flat, begin, end))
-    if _must_raise(bad, given, check_labels):
-        _check.raise_bad_label(given, classes, weights, ignore, name)
-    return loss, y
-
-
-def _sparse_grad(family, logits, y, axis, weights, ignore_index, slopes, grad):
-    """(loss of every row), and `grad`, logits' shape, gets slopes[r] * d loss[r] / d logits."""
-    x, z = _check.class_axis_last(logits, axis), _check.class_axis_last(grad, axis, "out")
-    loss = array_module(x).empty(x.shape[:-1], _check.result_dtype(x))
-    if _check.readable(x) is None:
-        x = x.astype(x.dtype.newbyteorder("="), order="C")
-    (like, rows), (like_grad, grad_rows) = _check.readable(x), _check.readable(z)
-    if loss.size:
-        args = (like, rows, y, weights, ignore_index, slopes, _check.flat(loss), like_grad, grad_rows)
-        kernel = family.narrow_sparse_xent_grad if x.shape[-1] <= family.NARROW else family.sparse_xent_grad
-        kernel(x.size, loss.size, *args)
-    return loss
-
-
-def _must_raise(bad, given, check_labels):
-    """Whether labels out of range are to be looked for: `bad` were counted, none on a device."""
-    return check_labels == "raise" if is_cupy(given) else bad and check_labels != "nan"
+    kernels("softmax", logits=logits, labels=labels)
+    return _xent.labelled(logits, labels, -1, "labels", check_labels)
 
 
 @on_its_device
@@ -140,14 +98,21 @@ def cross_entropy(
     weights=None,
     class_weights=None,
     ignore_index=_DEFAULT,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    temperature=1.0,
     axis=-1,
     reduction="mean",
     check_labels="auto",
 ):
     """Cross entropy of logits, weighted by token and by class, and reduced.
 
-        loss[i] = -weights[i] * class_weights[y_i] * log softmax(logits[i])[y_i]           for targets y
-        loss[i] = -weights[i] * sum_c class_weights[c] * t_ic * log softmax(logits[i])[c]  for probabilities t
+        x       = softcap * tanh(logits / softcap) / temperature
+        loss[i] = weights[i] * (sum_c class_weights[c] * t_ic * (lse_i - x_ic) + z_loss * lse_i^2)
+
+    with lse_i = logsumexp(x_i) and t_i the probabilities that are given, or 1 at class y_i and 0 elsewhere; smoothed,
+    (1 - label_smoothing) t_ic + label_smoothing / classes.
 
     Sums over rows are exact (each product rounded to float64, their sum rounded once), so they depend on no order.
 
@@ -157,6 +122,10 @@ def cross_entropy(
         weights: real numbers, logits' shape without `axis`, or one number. A row of weight 0 is not looked at.
         class_weights: real numbers, (classes,).
         ignore_index: rows with this target are not looked at. -100 unless given; not for probabilities.
+        label_smoothing: in [0, 1]: the share of a target that is spread evenly over all classes.
+        z_loss: from 0 on: the factor of lse^2, which keeps logits near 0. Class weights do not touch it.
+        softcap: above 0: logits are kept in (-softcap, softcap). None for as they are.
+        temperature: above 0: logits are divided by it. Either option rounds x once more to the result's dtype.
         axis: the class axis: -1, or 1 for torch's (N, C, d1, ...).
         reduction: "mean" divides the sum by sum(weights * class_weights[y]) over the rows that count (for
             probabilities by sum(weights)); "sum"; "none".
@@ -167,40 +136,105 @@ def cross_entropy(
         mean of no rows is NaN.
     Raises:
         TypeError: a dtype that cannot be scored, NumPy and CuPy arrays mixed.
-        ValueError: shapes that do not fit, no classes, a target out of range, ignore_index with probabilities.
+        ValueError: shapes that do not fit, no classes, a target or an option out of range, ignore_index with
+            probabilities.
     Source: torch.nn.functional.cross_entropy, torch 2.13, with weights by token; differs in the place of the classes.
+    z_loss: Chowdhery et al. 2022, "PaLM"; softcap: Bello et al. 2016, "Neural combinatorial optimization".
 
     >>> cross_entropy(np.array([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), [2, -100])
     np.float64(0.4076059644443803)
     """
+    _check.choice(reduction, "reduction", ("mean", "sum", "none"))
+    options = label_smoothing, z_loss, softcap, temperature, axis, check_labels
+    rows = _cross_entropy_rows(logits, targets, weights, class_weights, ignore_index, *options)
+    return _xent.reduced(rows, _xent.losses(rows), reduction)
+
+
+def _cross_entropy_rows(
+    logits,
+    targets,
+    weights,
+    class_weights,
+    ignore_index,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    temperature=1.0,
+    axis=-1,
+    check_labels="auto",
+    gamma=0.0,
+):
+    """The rows of cross_entropy or focal_loss."""
     logits = _check.logits(logits)
     targets = _check.number_array(targets, "targets", logits)
-    _check.choice(reduction, "reduction", ("mean", "sum", "none"))
-    family = kernels("softmax", logits=logits, targets=targets, weights=weights, class_weights=class_weights)
-    rows_shape = _check.class_axis_last(logits, axis).shape[:-1]
-    weights = _check.weights(weights, rows_shape, logits)
-    classes = logits.shape[axis]
+    kernels("softmax", logits=logits, targets=targets, weights=weights, class_weights=class_weights)
+    shape = _check.class_axis_last(logits, axis).shape[:-1]
+    options = {
+        "weights": _check.weights(weights, shape, logits),
+        "class_weights": _check.class_weights(class_weights, logits.shape[axis], np.float64, logits),
+        "smoothing": _check.real(label_smoothing, "label_smoothing", 0.0, 1.0),
+        "z_loss": _check.real(z_loss, "z_loss", 0.0),
+        "gamma": gamma,
+    }
+    if softcap is not None or temperature != 1:
+        cap = 0.0 if softcap is None else _check.real(softcap, "softcap", 0.0, above=True)
+        options["cap"] = cap, _check.real(temperature, "temperature", 0.0, above=True)
     if targets.dtype.kind in "iu":
-        ignore = _check.integer(_IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
-        by_class = _check.class_weights(class_weights, classes, np.float64, logits)
-        loss, y = _sparse(family, logits, targets, axis, weights, ignore, check_labels, "targets")
-        factors = (y, weights, by_class, ignore)
-    else:
-        if targets.dtype.kind == "b":
-            raise TypeError("targets: expected integers, or floats for class probabilities, got dtype bool")
-        if ignore_index is not _DEFAULT:
-            raise ValueError("ignore_index: expected none with targets that are class probabilities")
-        _check.same_shape(targets, "targets", logits.shape, "logits")
-        by_class = _check.class_weights(class_weights, classes, _check.result_dtype(logits), logits)
-        loss = _dense(family, logits, targets, axis, weights, by_class, "targets")
-        factors = (None, weights, None, _check.NO_LABEL)
-    if reduction == "none" and weights is None and class_weights is None:
-        return _check.result(loss)
-    totals, flat = kernels("totals", loss=loss), _check.flat(loss)
-    if reduction != "none":
-        return totals.total(flat, *factors, _check.FACTORS if reduction == "mean" else _check.NOTHING)
-    totals.scale(flat.size, flat.size, flat, *factors)
-    return _check.result(loss)
+        ignore = _check.integer(_xent.IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
+        return _xent.labelled(logits, targets, axis, "targets", check_labels, ignore_index=ignore, **options)
+    if targets.dtype.kind == "b":
+        raise TypeError("targets: expected integers, or floats for class probabilities, got dtype bool")
+    if ignore_index is not _DEFAULT:
+        raise ValueError("ignore_index: expected none with targets that are class probabilities")
+    _check.same_shape(targets, "targets", logits.shape, "logits")
+    return _xent.Rows(logits, axis, dense=targets, **options)
+
+
+@on_its_device
+def focal_loss(
+    logits,
+    targets,
+    *,
+    gamma=2.0,
+    weights=None,
+    class_weights=None,
+    ignore_index=-100,
+    axis=-1,
+    reduction="mean",
+    check_labels="auto",
+):
+    """Cross entropy that counts little where a target is already likely, weighted and reduced as cross_entropy's.
+
+        loss[i] = -weights[i] * class_weights[y_i] * (1 - p_i)^gamma * log p_i,   p_i = softmax(logits[i])[y_i]
+
+    Args:
+        logits: float16, bfloat16, float32 or float64, with the classes along `axis`.
+        targets: integers, logits' shape without `axis`.
+        gamma: from 0 on; 0 gives cross_entropy.
+        weights, class_weights, ignore_index, axis, reduction, check_labels: as cross_entropy.
+    Returns:
+        A scalar, or logits' shape without `axis` for "none"; float32, or float64 for float64 logits; in nats. Error
+        under 4 (gamma + 1) eps.
+    Raises:
+        TypeError, ValueError: as cross_entropy; gamma out of range.
+    Source: Lin et al. 2017, "Focal loss for dense object detection", for any number of classes.
+
+    >>> focal_loss(np.array([[1.0, 2.0, 3.0]]), [2])
+    np.float64(0.045678...)
+    """
+    _check.choice(reduction, "reduction", ("mean", "sum", "none"))
+    rows = _focal_rows(logits, targets, gamma, weights, class_weights, ignore_index, axis, check_labels)
+    return _xent.reduced(rows, _xent.losses(rows), reduction)
+
+
+def _focal_rows(logits, targets, gamma, weights, class_weights, ignore_index, axis, check_labels):
+    logits = _check.logits(logits)
+    targets = _check.number_array(targets, "targets", logits)
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected integers, got dtype {targets.dtype}")
+    gamma = _check.real(gamma, "gamma", 0.0)
+    options = {"axis": axis, "check_labels": check_labels, "gamma": gamma}
+    return _cross_entropy_rows(logits, targets, weights, class_weights, ignore_index, **options)
 
 
 class TokenScores(NamedTuple):
@@ -233,9 +267,9 @@ def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels=
     array([-0.40760596])
     """
     logits = _check.logits(logits)
-    family = kernels("softmax", logits=logits, targets=targets)
+    kernels("softmax", logits=logits, targets=targets)
     ignore = _check.integer(ignore_index, "ignore_index")
-    loss, _ = _sparse(family, logits, targets, axis, None, ignore, check_labels, "targets")
+    loss = _xent.losses(_xent.labelled(logits, targets, axis, "targets", check_labels, ignore_index=ignore))
     kernels("totals", loss=loss).negate(loss.size, loss.size, _check.flat(loss))
     return _check.result(loss)
 
@@ -286,7 +320,7 @@ def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_la
         n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
         out = [None if field is None else field[begin:end] for field in flat]
         bad += family.score(n * classes, n, like, rows, y_part, w_part, ignore, *out)
-    if _must_raise(bad, given, check_labels):
+    if check_labels == "raise" if is_cupy(x) else bad and check_labels != "nan":
         _check.raise_bad_label(given, classes, weights, ignore, "targets")
     return TokenScores(*(None if field is None else _check.result(field) for field in fields))
 

@@ -162,3 +162,21 @@ class Evaluation:
 
     def __repr__(self):
         return f"Evaluation({', '.join(f'{k}={v!r}' for k, v in self.result()._asdict().items())})"
+
+
+def sum_to(x, shape):
+    """x summed along the axes along which an array of this shape is broadcast to it: exactly, rounded once."""
+    if x.shape == shape:
+        return x
+    xp, totals = array_module(x), kernels("totals", x=x)
+    lead = x.ndim - len(shape)
+    kept = [axis for axis in range(lead, x.ndim) if shape[axis - lead] == x.shape[axis]]
+    summed = [axis for axis in range(x.ndim) if axis not in kept]
+    terms = xp.ascontiguousarray(x.transpose(kept + summed)).reshape(-1)
+    rows = math.prod(shape)
+    if rows == 1:
+        return totals.total(terms, None, None, None, _check.NO_LABEL, _check.NOTHING).reshape(shape)
+    sums, count = xp.empty(rows, x.dtype), math.prod(x.shape[axis] for axis in summed)
+    ones = xp.broadcast_to(xp.asarray(np.ones(())), terms.shape)
+    totals.row_totals(terms.size, rows, terms, ones, count, count, 1, _check.NOTHING, sums, None)
+    return sums.reshape(shape)

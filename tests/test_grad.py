@@ -202,7 +202,7 @@ def test_errors():
         run(x, y, out=np.broadcast_to(np.float32(0), (4, 10)))
     with pytest.raises(TypeError, match=r"loss: expected one of cross_entropy, .*, got 'logsumexp'"):
         nl.value_and_grad(nl.logsumexp)
-    with pytest.raises(ValueError, match="wrt: expected one of 'logits', got 'labels'"):
+    with pytest.raises(ValueError, match="wrt: expected one of 'logits', 'weights', 'targets', got 'labels'"):
         nl.value_and_grad(nl.cross_entropy, wrt="labels")
     assert_same_bits(x, before)
     got = run(x, np.array([0, 1, 2, 10]), reduction="none", check_labels="nan")

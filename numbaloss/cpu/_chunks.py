@@ -12,7 +12,6 @@ from numba.extending import overload
 
 from .._scalar import (
     BIAS,
-    CHUNK,
     EXP_LIMIT,
     HEADROOM,
     INV_LOG2E,
@@ -20,14 +19,11 @@ from .._scalar import (
     ZERO,
     at_least,
     bits_float,
-    exp_64,
     exponent_32,
     f32,
     float_bits,
     fma,
     frame_32,
-    merge,
-    merge_moments,
     ordered_bits,
     power_of_two,
     select,
@@ -216,6 +212,17 @@ def chunk_moment(like, address, stride, size, skip, shift, lanes, spare):
     return fold_lanes(zero, lanes, min(size, LANES))
 
 
+@njit
+def empty_sum(like, address, stride, size, skip):
+    """What chunk_sum gives for a chunk of -inf; a negative NaN, which is no maximum, may hide in it."""
+    out_of_line()
+    for i in range(size):
+        x = widen(span(like, address + i * stride, 1)[0])
+        if x != x and i != skip:
+            return np.nan, np.inf
+    return 0.0, -np.inf
+
+
 def chunk_sum(like, address, stride, size, skip, guess, lanes, spare):
     """(s, c) with s * e^c the sum of exp(x) over a chunk but for `skip`; c lies within 1 of the largest x that counts.
 
@@ -272,103 +279,3 @@ def head_max(like, address, stride, size, skip, spare):
     for i in range(WIDTH, HEAD, WIDTH):
         best = at_least(load(like, address + i * stride), best)
     return largest(best)
-
-
-# -- one row -----------------------------------------------------------------------------------------------------
-
-
-@njit
-def empty_sum(like, address, stride, size, skip):
-    """What chunk_sum gives for a chunk of -inf; a negative NaN, which is no maximum, may hide in it."""
-    out_of_line()
-    for i in range(size):
-        x = widen(span(like, address + i * stride, 1)[0])
-        if x != x and i != skip:
-            return np.nan, np.inf
-    return 0.0, -np.inf
-
-
-@njit
-def row_address(rows, r):
-    always_inline()
-    address, inner, outer_stride, inner_stride, _, _ = rows
-    return address + (r // inner) * outer_stride + (r % inner) * inner_stride
-
-
-@njit
-def row_sum(like, rows, address, skip, lanes, spare):
-    """(s, c) of a whole row but for the class `skip`: its chunks, left to right, each guessing from those before."""
-    out_of_line()
-    stride, classes = rows[4], rows[5]
-    s, c = chunk_sum(like, address, stride, min(CHUNK, classes), skip, NO_GUESS, lanes, spare)
-    for begin in range(CHUNK, classes, CHUNK):
-        at, size = address + begin * stride, min(CHUNK, classes - begin)
-        guess = exponent_32(f32(c)) - MARGIN
-        s2, c2 = chunk_sum(like, at, stride, size, skip - begin, guess, lanes, spare)
-        s, c = merge(s, c, s2, c2)
-    return s, c
-
-
-@njit
-def row_max(like, rows, address, spare):
-    """(largest logit, its first index) of a row. A row with NaN: that of a positive NaN, or of the largest number."""
-    out_of_line()
-    stride, classes = rows[4], rows[5]
-    best = chunk_max(like, address, stride, min(CHUNK, classes), -1, spare)
-    where = 0
-    for begin in range(CHUNK, classes, CHUNK):
-        key = chunk_max(like, address + begin * stride, stride, min(CHUNK, classes - begin), -1, spare)
-        if key > best:
-            best, where = key, begin
-    largest = key_value(compute_zero(like), best)
-    for i in range(where, classes):
-        x = widen(span(like, address + i * stride, 1)[0])
-        if x == largest or (x != x and largest != largest):
-            where = i
-            break
-    return largest, where
-
-
-@njit
-def first_nan(like, rows, address):
-    """The index of a row's first NaN, or -1."""
-    out_of_line()
-    stride, classes = rows[4], rows[5]
-    for i in range(classes):
-        x = widen(span(like, address + i * stride, 1)[0])
-        if x != x:
-            return i
-    return -1
-
-
-@njit
-def row_rank(like, rows, address, x, spare):
-    """The number of classes with a logit larger than x."""
-    out_of_line()
-    stride, classes = rows[4], rows[5]
-    larger = 0
-    for begin in range(0, classes, LANES):
-        size = min(LANES, classes - begin)
-        tile = span(like, gather(like, address + begin * stride, stride, size, spare), size)
-        count = np.int32(0)
-        for i in range(np.uint64(size)):
-            count += np.int32(widen(tile[i]) > x)
-        larger += count
-    return larger
-
-
-@njit
-def row_moments(like, rows, address, skip, lanes, spare):
-    """(s, c, b) of a row but for `skip`: s * e^c sums exp(x), b sums exp(x - c) * (x - c)."""
-    out_of_line()
-    stride, classes = rows[4], rows[5]
-    s, c, b = 0.0, -np.inf, 0.0
-    for begin in range(0, classes, CHUNK):
-        at, size = address + begin * stride, min(CHUNK, classes - begin)
-        s2, c2 = chunk_sum(like, at, stride, size, skip - begin, NO_GUESS, lanes, spare)
-        if s2 != 0.0:
-            shift = type(compute_zero(like))(c2)  # c2 lies between two numbers of the row's precision: take one of them
-            s2, c2 = s2 * exp_64(c2 - shift), np.float64(shift)
-            b2 = chunk_moment(like, at, stride, size, skip - begin, shift, lanes, spare)
-            s, c, b = merge_moments(s, c, b, s2, c2, b2)
-    return s, c, b

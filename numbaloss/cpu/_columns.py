@@ -6,8 +6,9 @@ from numba import njit
 from .._scalar import at_least, select
 from .._typed import compute_zero, item_size, row_frame, term, widen
 from .._vector import WIDTH
-from ._chunks import fold_vectors, row_address
+from ._chunks import fold_vectors
 from ._memory import load, out_of_line, prefetch, span, store, transpose
+from ._rows import row_address
 
 FEW = 8  # classes up to which a comparison with each finds the target faster than an index
 NOT_COUNTED, BAD = -1, -2

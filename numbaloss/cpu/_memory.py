@@ -9,7 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
 from .._scalar import LANES, narrow, widen_half
@@ -263,3 +263,18 @@ def prefetch(typingctx, address):
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+def write(array, r, value):
+    """array[r] = value, where there is an array."""
+
+
+@overload(write)
+def _write(array, r, value):
+    if array == types.none:
+        return lambda array, r, value: None
+
+    def put(array, r, value):
+        array[r] = value
+
+    return put

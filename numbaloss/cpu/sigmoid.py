@@ -6,9 +6,9 @@ from numba.extending import overload
 
 from .._scalar import LANES
 from .._typed import binary_loss, exp_neg, log1p, widen
-from ._chunks import row_address
 from ._launch import Kernel
 from ._memory import TILE_BYTES, gather, span, stack
+from ._rows import row_address
 
 TILE = LANES
 

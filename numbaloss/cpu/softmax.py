@@ -4,11 +4,9 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._check import NO_LABEL
 from .._scalar import (
     CHUNK,
     LANES,
-    fma,
     merge,
     others_of,
     others_to_target,
@@ -20,18 +18,8 @@ from .._scalar import (
     top_of,
 )
 from .._typed import compute_zero, grad_frame, grad_of, item_size, softmax_frame, softmax_of, widen
-from .._vector import WIDTH, splat
-from ._chunks import (
-    NO_GUESS,
-    chunk_sum,
-    first_nan,
-    fold_lanes,
-    row_address,
-    row_max,
-    row_moments,
-    row_rank,
-    row_sum,
-)
+from .._vector import WIDTH
+from ._chunks import NO_GUESS, chunk_sum
 from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
 from ._launch import Kernel
 from ._memory import (
@@ -46,6 +34,20 @@ from ._memory import (
     store_as,
     store_item,
     transpose,
+    write,
+)
+from ._rows import (
+    counts,
+    fill_row,
+    first_nan,
+    leave_largest_out,
+    row_address,
+    row_max,
+    row_moments,
+    row_rank,
+    row_sum,
+    scatter,
+    write_tile,
 )
 
 GROUP = 64  # rows that are finished together, so that log1p runs in vector lanes
@@ -62,23 +64,6 @@ def finish(s, c, x, u, loss):
         u[i] = others_to_target(s[i], c[i], x[i], full)
     for i in range(np.uint64(loss.size)):
         loss[i] = target_loss(u[i], s[i], c[i], x[i], full)
-
-
-@njit
-def counts(r, labels, weights, ignore_index):
-    """Whether row r is looked at. An ignore_index of NO_LABEL ignores none."""
-    return (labels[r] != ignore_index or ignore_index == NO_LABEL) and not weight_is_zero(r, weights)
-
-
-def weight_is_zero(r, weights):
-    """Whether weights[r] is 0; weights may be None."""
-
-
-@overload(weight_is_zero)
-def _weight_is_zero(r, weights):
-    if weights == types.none:
-        return lambda r, weights: False
-    return lambda r, weights: weights[r] == 0
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------
@@ -299,13 +284,7 @@ def write_rows(turned, like_grad, grad_rows, first, size, spare):
     stride, classes, zero = grad_rows[4], grad_rows[5], turned.dtype.type(0)
     source, pitch = np.int64(turned.ctypes.data), turned.shape[1] * turned.itemsize
     for i in range(size):
-        out = row_address(grad_rows, first + i)
-        to = out if stride == item_size(like_grad) else spare
-        for j in range(0, classes, WIDTH):
-            g = load(zero, source + i * pitch + j * item_size(zero))
-            store_as(like_grad, to + j * item_size(like_grad), g, classes - j)
-        if to != out:
-            scatter(like_grad, to, classes, out, stride)
+        write_tile(zero, source + i * pitch, classes, like_grad, row_address(grad_rows, first + i), stride, spare)
 
 
 @njit
@@ -321,16 +300,6 @@ def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, ro
     if target >= 0:
         store_item(like_grad, to + target * item_size(like_grad), entry)
     scatter(like_grad, to, size, out, out_stride)
-
-
-@njit
-def fill_row(like_grad, out, stride, classes, value, room):
-    """A gradient row of one number."""
-    out_of_line()
-    for i in range(0, min(classes, LANES), WIDTH):
-        store_as(like_grad, room + i * item_size(like_grad), splat(value), WIDTH)
-    for begin in range(0, classes, LANES):
-        scatter(like_grad, room, min(LANES, classes - begin), out + begin * stride, stride)
 
 
 @njit
@@ -355,15 +324,6 @@ def _shifted(x, shift):
     if shift == types.none:
         return lambda x, shift: x
     return lambda x, shift: x - shift
-
-
-@njit
-def scatter(like, source, size, out, stride):
-    """Copy neighbouring items to places `stride` bytes apart."""
-    if source != out:
-        items = span(like, source, size)
-        for i in range(size):
-            span(like, out + i * stride, 1)[0] = items[i]
 
 
 def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
@@ -404,40 +364,14 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
     return bad.sum()
 
 
-def write(array, r, value):
-    """array[r] = value, where there is an array."""
-
-
-@overload(write)
-def _write(array, r, value):
-    if array == types.none:
-        return lambda array, r, value: None
-
-    def put(array, r, value):
-        array[r] = value
-
-    return put
-
-
 score = Kernel(_score)
-
-
-@njit
-def leave_largest_out(like, rows, address, lanes, spare):
-    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the others; log NaN for an undefined row."""
-    largest, where = row_max(like, rows, address, spare)
-    s, c = row_sum(like, rows, address, where, lanes, spare)
-    x = np.float64(largest)
-    full = item_size(like) == 8
-    u = others_to_target(s, c, x, full)
-    return largest, u, target_loss(u, s, c, x, full)
 
 
 @njit
 def plain_lse(like, rows, address, lanes, spare):
     """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
     out_of_line()
-    largest, _, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
+    largest, _, _, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
     if log1p_u == log1p_u:
         return np.float64(largest) + log1p_u
     return np.nan if first_nan(like, rows, address) >= 0 else np.float64(largest)
@@ -463,7 +397,7 @@ def _normalize(blocks, like, rows, logarithm, out):
         lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
             address = row_address(rows, r)
-            largest, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
+            largest, _, u, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
             loss = type(largest)(log1p_u)
             for begin in range(0, classes, LANES):
                 size = min(LANES, classes - begin)
@@ -563,60 +497,3 @@ def exp_tile(x, largest, u, log1p_u, out):
     m, low, shift, scale, top = softmax_frame(largest, u, log1p_u)
     for i in range(np.uint64(out.size)):
         out[i] = softmax_of(widen(x[i]), largest, m, low, shift, scale, top)
-
-
-def _dense_xent(blocks, like, rows, like_labels, label_rows, class_weights, weights, loss):
-    """loss[r] = sum_j w_j l_j (lse - x_j), w_j the class weights or 1; 0 for a row of weight 0.
-
-    With k the largest logit that is sum_j w_j l_j (x_k - x_j) + log(1 + u) sum_j w_j l_j: no term cancels another.
-    """
-    stride, classes = rows[4], rows[5]
-    n = loss.size
-    for block in prange(blocks):
-        lanes, lanes_2, spare, spare_2 = stack(TILE_BYTES), stack(TILE_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
-        zero = compute_zero(like)
-        distances, masses = span(zero, lanes, LANES), span(zero, lanes_2, LANES)
-        for r in range(block * n // blocks, (block + 1) * n // blocks):
-            loss[r] = 0
-            if not weight_is_zero(r, weights):
-                address, label_address = row_address(rows, r), row_address(label_rows, r)
-                largest, _, log1p_u = leave_largest_out(like, rows, address, lanes, spare)
-                distance, mass = 0.0, 0.0
-                for chunk in range(0, classes, CHUNK):
-                    end = min(chunk + CHUNK, classes)
-                    distances[:] = 0
-                    masses[:] = 0
-                    for begin in range(chunk, end, LANES):
-                        size = min(LANES, end - begin)
-                        x = span(like, gather(like, address + begin * stride, stride, size, spare), size)
-                        at = label_address + begin * label_rows[4]
-                        labels = span(like_labels, gather(like_labels, at, label_rows[4], size, spare_2), size)
-                        label_tile(x, labels, class_weights, begin, largest, distances, masses)
-                    distance += fold_lanes(zero, lanes, min(LANES, end - chunk))
-                    mass += fold_lanes(zero, lanes_2, min(LANES, end - chunk))
-                loss[r] = fma(mass, log1p_u, distance)
-
-
-dense_xent = Kernel(_dense_xent)
-
-
-@njit
-def label_tile(x, labels, class_weights, begin, largest, distance, mass):
-    """Add l (largest - x) and l to the lanes; a label of 0 adds 0 whatever its logit."""
-    out_of_line()
-    for i in range(np.uint64(x.size)):
-        label = weighted_label(distance.dtype.type(widen(labels[i])), class_weights, np.uint64(begin) + i)
-        product = fma(label, largest - widen(x[i]), distance[i])
-        distance[i] = select(label == 0, distance[i], product)
-        mass[i] += label
-
-
-def weighted_label(label, class_weights, j):
-    """label * class_weights[j]; class_weights may be None."""
-
-
-@overload(weighted_label)
-def _weighted_label(label, class_weights, j):
-    if class_weights == types.none:
-        return lambda label, class_weights, j: label
-    return lambda label, class_weights, j: label * class_weights[j]

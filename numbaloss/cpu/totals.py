@@ -4,9 +4,11 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._check import NO_LABEL, NONZERO_OR_NONE
+from .._check import CLASS_FACTORS, NO_LABEL, NONZERO_OR_NONE
 from .._exact import CARRY_EVERY, WORDS, carry, number_words, quotient, round_sum
+from .._scalar import focal_row, focal_row_slope, rounded_product
 from ._launch import Kernel
+from ._memory import write
 
 
 @njit
@@ -58,11 +60,12 @@ def _total(blocks, values, labels, weights, class_weights, ignore_index, divisor
         begin = block * n // blocks
         for i in range(begin, (block + 1) * n // blocks):
             f = factor(i, labels, weights, class_weights, ignore_index)
+            above = factor(i, labels, weights, None, ignore_index) if divisor == CLASS_FACTORS else f
+            if above != 0.0:  # a factor of exactly 0 hides its value, even a NaN
+                add_number(top, np.float64(values[i]) * above)
             if f == 1.0:
-                add_number(top, np.float64(values[i]))
                 ones += 1
-            elif f != 0.0:  # a factor of exactly 0 hides its value, even a NaN
-                add_number(top, np.float64(values[i]) * f)
+            elif f != 0.0:
                 add_number(bottom, 1.0 if divisor == NONZERO_OR_NONE else f)
             if (i - begin) % CARRY_EVERY == CARRY_EVERY - 1:
                 carry(top)
@@ -85,8 +88,11 @@ def total(values, labels, weights, class_weights, ignore_index, divisor):
         return values.dtype.type(_total_kernel(n, n, values, labels, weights, class_weights, ignore_index, divisor))
 
 
-def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals):
-    """totals[r] = the total of values[r * row_step + i * step] for i < count, weighted and divided as in `total`."""
+def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals, divisors):
+    """totals[r] = the total of values[r * row_step + i * step] for i < count, weighted and divided as in `total`.
+
+    `divisors`, float64 or None, gets what it was divided by, +inf for one of 0 that gave 0.
+    """
     n = totals.size
     for block in prange(blocks):
         top, bottom = np.empty(WORDS, np.int64), np.empty(WORDS, np.int64)
@@ -97,7 +103,9 @@ def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals)
                 if weights[i] != 0.0:
                     add_number(top, np.float64(values[i]) * weights[i])
                     add_number(bottom, 1.0 if divisor == NONZERO_OR_NONE else weights[i])
-            totals[r] = quotient(round_sum(top), round_sum(bottom), divisor)
+            below = round_sum(bottom)
+            totals[r] = quotient(round_sum(top), below, divisor)
+            write(divisors, r, np.inf if below == 0.0 else below)
 
 
 row_totals = Kernel(_row_totals)
@@ -127,19 +135,69 @@ def _upstream_at(upstream, i):
 
 
 def _slopes(blocks, upstream, labels, weights, class_weights, ignore_index, divisor, out):
-    """out[i] = factor * (upstream[i] / divisor), float64, exactly 0 where the factor is: d(total) / d(value i).
+    """out[i] = factor * (upstream[i] / divisor[i]), float64, exactly 0 where the factor is: d(total) / d(value i).
 
-    upstream and divisor, float64, may be None; upstream may be one number for all.
+    upstream and divisor, float64, may be None, or one number for all.
     """
     n = out.size
     for block in prange(blocks):
         for i in range(block * n // blocks, (block + 1) * n // blocks):
             f = factor(i, labels, weights, class_weights, ignore_index)
-            g = upstream_at(upstream, i) / upstream_at(divisor, 0)
+            g = upstream_at(upstream, i) / upstream_at(divisor, i)
             out[i] = f * g if f != 0.0 else 0.0
 
 
 slopes = Kernel(_slopes)
+
+
+def _weight_slopes(blocks, values, upstream, divisor, mean, labels, weights, class_weights, inside, ignore_index, out):
+    """out[i] = (upstream[i] / divisor[i]) * (c * value i - c * mean[i]), c the class weight: d(total) / d(weight i), 0
+    for a weight of 0. The first c is 1 if values have it `inside`; `divisor` and `mean` may be None, as in slopes."""
+    n = out.size
+    for block in prange(blocks):
+        for i in range(block * n // blocks, (block + 1) * n // blocks):
+            out[i] = 0
+            if factor(i, labels, weights, None, ignore_index) != 0.0:
+                c = factor(i, labels, None, class_weights, ignore_index)
+                slope = np.float64(values[i]) if inside else rounded_product(np.float64(values[i]), c)
+                slope -= rounded_product(c, mean_at(mean, i))
+                out[i] = slope * (upstream_at(upstream, i) / upstream_at(divisor, i))
+
+
+weight_slopes = Kernel(_weight_slopes)
+
+
+def mean_at(mean, i):
+    """mean[i], or the one number for all; 0 if mean is None."""
+
+
+@overload(mean_at)
+def _mean_at(mean, i):
+    if mean == types.none:
+        return lambda mean, i: 0.0
+    return lambda mean, i: np.float64(mean[i if mean.size > 1 else 0])
+
+
+def _focal(blocks, losses, gamma):
+    """l (1 - exp(-l))^gamma for each loss l, in place."""
+    n = losses.size
+    for block in prange(blocks):
+        for i in range(block * n // blocks, (block + 1) * n // blocks):
+            losses[i] = focal_row(np.float64(losses[i]), gamma)
+
+
+focal = Kernel(_focal)
+
+
+def _focal_slopes(blocks, losses, gamma, slopes):
+    """slopes[i] *= d focal / d loss."""
+    n = losses.size
+    for block in prange(blocks):
+        for i in range(block * n // blocks, (block + 1) * n // blocks):
+            slopes[i] *= focal_row_slope(np.float64(losses[i]), gamma)
+
+
+focal_slopes = Kernel(_focal_slopes)
 
 
 def _negate(blocks, values):

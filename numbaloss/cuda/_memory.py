@@ -366,6 +366,20 @@ def load_apart(typingctx, like, like_items, address, stride, position, end):
     return wide(like, like_items, i64, i64, i64, i64), codegen
 
 
+@intrinsic
+def ones_apart(typingctx, like, position, end):
+    """What load_apart reads from ones."""
+    n, wide = _per_load(like), _wide(like)
+
+    def codegen(context, builder, sig, args):
+        room, kind = builder.trunc(builder.sub(args[2], args[1]), _I32), vector_ir(wide)
+        one, zero = ir.Constant(kind.element, 1.0), ir.Constant(kind.element, 0.0)
+        inside = [builder.icmp_signed("<", _c32(k // n * 32 * n + k % n), room) for k in range(WIDTH)]
+        return _pack(builder, [builder.select(x, one, zero) for x in inside], kind)
+
+    return wide(like, types.int64, types.int64), codegen
+
+
 def _part(builder, v, begin, end):
     """Items [begin, end) of a vector, a scalar for one."""
     items = [builder.extract_element(v, _c32(i)) for i in range(begin, end)]

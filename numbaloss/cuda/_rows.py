@@ -8,8 +8,20 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import CHUNK, LANES, bits_float, exp_64, f32, float_bits, fma, merge_moments, ordered_bits
-from .._typed import as_result, compute_zero, key_value, minus_inf, widen
+from .._scalar import (
+    CHUNK,
+    LANES,
+    bits_float,
+    exp_64,
+    f32,
+    float_bits,
+    fma,
+    merge_moments,
+    ordered_bits,
+    others_to_target,
+    target_loss,
+)
+from .._typed import as_result, compute_zero, item_size, key_value, minus_inf, widen
 from ._chunks import (
     NO_GUESS,
     WARP,
@@ -203,6 +215,18 @@ def score_row(like, rows, address, skip, target, ranked, room):
     if warps > 1:
         s, c = joined(room)
     return s, c, value, where, team_sum(larger, classes, room)
+
+
+@device
+def leave_largest_out(like, rows, address, room):
+    """(largest logit, its class, u, log(1 + u)), u the sum of exp(x - largest) over the others; an undefined row has a
+    logarithm of NaN."""
+    zero = compute_zero(like)
+    s, c, largest, where, _ = score_row(like, rows, address, np.int64(-1), zero, False, room)
+    x = np.float64(largest)
+    full = item_size(like) == 8
+    u = others_to_target(s, c, x, full)
+    return largest, where, u, target_loss(u, s, c, x, full)
 
 
 @device

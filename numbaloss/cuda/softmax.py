@@ -13,7 +13,6 @@ from .._scalar import (
     LANES,
     bits_float,
     float_bits,
-    fma,
     others_of,
     others_to_target,
     row_entropy,
@@ -33,17 +32,18 @@ from .._typed import (
     softmax_of,
     widen,
 )
-from ._chunks import NO_GUESS, WARP, chunk_sum, first_position, fold_lanes, guess_after, load_step, round_sum
+from ._chunks import NO_GUESS, WARP, chunk_sum, first_position, guess_after, load_step, round_sum
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import fill, load, load_apart, store, store_item, store_part, unless_zero, zeros
-from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
+from ._memory import fill, load, store, store_item, store_part
+from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
     TEAMS,
     class_stride,
     first_nan,
     join_parts,
+    leave_largest_out,
     row_address,
     row_moments,
     row_sum,
@@ -497,20 +497,9 @@ def _entropy(items, like, rows, logprob, lse, argmax, entropy):
 
 
 @device
-def leave_largest_out(like, rows, address, room):
-    """(largest logit, u, log(1 + u)), u the sum of exp(x - largest) over the others; log NaN for an undefined row."""
-    zero = compute_zero(like)
-    s, c, largest, _, _ = score_row(like, rows, address, np.int64(-1), zero, False, room)
-    x = np.float64(largest)
-    full = item_size(like) == 8
-    u = others_to_target(s, c, x, full)
-    return largest, u, target_loss(u, s, c, x, full)
-
-
-@device
 def plain_lse(like, rows, address, room):
     """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
-    largest, _, log1p_u = leave_largest_out(like, rows, address, room)
+    largest, _, _, log1p_u = leave_largest_out(like, rows, address, room)
     if log1p_u == log1p_u:
         return np.float64(largest) + log1p_u
     return np.nan if first_nan(like, rows, address, room) >= 0 else np.float64(largest)
@@ -547,100 +536,10 @@ def _normalize(items, like, rows, logarithm, out):
     r, warp, warps = team_of(classes)
     if r < items:
         address = row_address(rows, r)
-        largest, u, log1p_u = leave_largest_out(like, rows, address, room)
+        largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
         loss = as_result(like, log1p_u)
         m, low, shift, scale, top = softmax_frame(largest, u, loss)
         for j in range(warp * 32 + cuda.laneid, classes, warps * 32):
             x = widen(load(like, address + j * stride))
             value = (x - largest) - loss if logarithm else softmax_of(x, largest, m, low, shift, scale, top)
             store(out + (r * classes + j) * size, value)
-
-
-# -- dense labels ------------------------------------------------------------------------------------------------
-
-
-def dense_xent(work, items, like, rows, like_labels, label_rows, class_weights, weights, loss):
-    """loss[r] = sum_j w_j l_j (lse - x_j), w_j the class weights or 1; 0 for a row of weight 0."""
-    rows = with_known_stride(like, rows)
-    arguments = items, like, rows, like_labels, label_rows, address(class_weights), operand(weights), address(loss)
-    return launch(_dense_xent.of(like), *teams(items, rows[5]), loss, *arguments)
-
-
-@kernel(THREADS)
-def _dense_xent(items, like, rows, like_labels, label_rows, class_weights, weights, loss):
-    """sum_j w_j l_j (x_k - x_j) + log(1 + u) sum_j w_j l_j, k the largest logit; both sums over lanes and chunks."""
-    room = cuda.shared.array((3, PARTS), types.float64)
-    r, warp, _ = team_of(rows[5])
-    if r >= items:
-        return
-    value = 0.0
-    if weight_at(weights, r) != 0.0:
-        largest, _, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
-        distance, mass = dense_sums(like, rows, like_labels, label_rows, class_weights, r, largest, room)
-        value = fma(mass, log1p_u, distance)
-    if warp == 0 and cuda.laneid == 0:
-        store(loss + r * item_size(compute_zero(like)), as_result(like, value))
-
-
-@device
-def dense_sums(like, rows, like_labels, label_rows, class_weights, r, largest, room):
-    """(sum_j w_j l_j (largest - x_j), sum_j w_j l_j) of row r, its chunks left to right."""
-    address, label_address = row_address(rows, r), row_address(label_rows, r)
-    _, warp, warps = team_of(rows[5])
-    chunks, first = np.int32((rows[5] + CHUNK - 1) // CHUNK), np.int32(0)
-    distance, mass = 0.0, 0.0
-    while first < chunks:
-        count, k = min(np.int32(PARTS), np.int32(chunks - first)), np.int32(warp)
-        d, w = 0.0, 0.0
-        while k < count:
-            begin = np.int64(first + k) * CHUNK
-            size = min(np.int64(CHUNK), rows[5] - begin)
-            logits = address + begin * class_stride(like, rows), class_stride(like, rows)
-            labels = label_address + begin * label_rows[4], label_rows[4]
-            by_class = class_weights + begin * item_size(compute_zero(like)) if class_weights != 0 else 0
-            d = chunk_distance(like, logits, like_labels, labels, by_class, size, largest)
-            w = chunk_mass(like, like_labels, labels, by_class, size)
-            if cuda.laneid == 0 and warps > 1:
-                room[0, k], room[1, k] = d, w
-            k = np.int32(k + warps)
-        if warps == 1:
-            return d, w
-        cuda.syncthreads()
-        for k in range(count):
-            distance, mass = distance + room[0, k], mass + room[1, k]
-        cuda.syncthreads()
-        first = np.int32(first + PARTS)
-    return distance, mass
-
-
-@device
-def chunk_distance(like, logits, like_labels, labels, class_weights, size, largest):
-    """The sum of l (largest - x) over a chunk, l the label times its class weight: 0 for a label of 0, whatever its
-    logit. Logits and labels are (address, stride)."""
-    total = zeros(like)
-    for p in range(0, size, LANES):
-        position = p + cuda.laneid * (16 // item_size(like))
-        x = load_apart(like, like, logits[0] + position * logits[1], logits[1], position, size)
-        label = load_labels(like, like_labels, labels, class_weights, position, size)
-        total = unless_zero(label, fma(label, largest - x, total), total)
-    return fold_lanes(like, total, WARP)
-
-
-@device
-def chunk_mass(like, like_labels, labels, class_weights, size):
-    """The sum of l over a chunk."""
-    total = zeros(like)
-    for p in range(0, size, LANES):
-        position = p + cuda.laneid * (16 // item_size(like))
-        total = total + load_labels(like, like_labels, labels, class_weights, position, size)
-    return fold_lanes(like, total, WARP)
-
-
-@device
-def load_labels(like, like_labels, labels, class_weights, position, size):
-    """This thread's labels among LANES positions, times the class weights; 0 beyond the end."""
-    label = load_apart(like, like_labels, labels[0] + position * labels[1], labels[1], position, size)
-    if class_weights != 0:
-        zero, item = compute_zero(like), np.int64(item_size(compute_zero(like)))
-        label = label * load_apart(like, zero, class_weights + position * item, item, position, size)
-    return label

@@ -4,16 +4,18 @@ import cupy
 import numpy as np
 from numba import types
 
-from .._check import NONZERO_OR_NONE
+from .._check import CLASS_FACTORS, NONZERO_OR_NONE
 from .._exact import LOW_32, WORDS, carry, number_words, quotient, round_sum
+from .._scalar import focal_row, focal_row_slope, rounded_product
 from .._typed import as_result, item_size
 from ._chunks import warp_max
 from ._launch import cuda, device, kernel, launch, processors
-from ._memory import atomic_add, butterfly, load, load_fresh, store
-from ._operands import address, factor, label_at, operand, weight_at
+from ._memory import atomic_add, butterfly, load, load_fresh, store, store_item
+from ._operands import ABSENT, address, factor, label_at, operand, weight_at
 
 THREADS = 256
 PER_THREAD = 8  # numbers at least, but for the last block
+ONE = (ABSENT, 0, 1, 0, 0)  # an operand of ones
 
 
 def blocks_for(items, out):
@@ -93,8 +95,9 @@ def _total(items, like, values, labels, weights, class_weights, classes, ignore_
         f, value = 0.0, 0.0
         if k < items:
             f = factor(k, labels, weights, class_weights, classes, ignore_index)
-            if f != 0.0:  # a factor of exactly 0 hides its value, even a NaN
-                value = np.float64(load(like, values + k * size)) * f
+            above = factor(k, labels, weights, 0, classes, ignore_index) if divisor == CLASS_FACTORS else f
+            if above != 0.0:  # a factor of exactly 0 hides its value, even a NaN
+                value = np.float64(load(like, values + k * size)) * above
         j, a, b, c = number_words(value)
         if warp_max(np.int64(j != i and value != 0.0)) != 0:
             add_words(words, i, low, middle, high)
@@ -125,15 +128,19 @@ def _total(items, like, values, labels, weights, class_weights, classes, ignore_
             store(words + (2 * WORDS + 1) * 8, as_result(like, quotient(sums[0], sums[1], divisor)))
 
 
-def row_totals(work, items, values, weights, count, row_step, step, divisor, totals):
-    """totals[r] = the total of values[r * row_step + i * step] for i < count, weighted and divided as in `total`."""
+def row_totals(work, items, values, weights, count, row_step, step, divisor, totals, divisors):
+    """totals[r] = the total of values[r * row_step + i * step] for i < count, weighted and divided as in `total`.
+
+    `divisors`, float64 or None, gets what it was divided by, +inf for one of 0 that gave 0.
+    """
     like = values.dtype.type(0)
-    arguments = like, address(values), operand(weights), count, row_step, step, divisor, address(totals)
+    results = address(totals), address(divisors)
+    arguments = like, address(values), operand(weights), count, row_step, step, divisor, *results
     return launch(_row_totals.of(like), items, 32, values, items, *arguments)
 
 
 @kernel(32)
-def _row_totals(items, like, values, weights, count, row_step, step, divisor, totals):
+def _row_totals(items, like, values, weights, count, row_step, step, divisor, totals, divisors):
     """A warp takes a row; its words lie in shared memory."""
     room = cuda.shared.array((2, WORDS), types.int64)
     lane, r = np.int64(cuda.laneid), np.int64(cuda.blockIdx.x)
@@ -148,8 +155,10 @@ def _row_totals(items, like, values, weights, count, row_step, step, divisor, to
             add_number(room, 1, 1.0 if divisor == NONZERO_OR_NONE else w)
     cuda.syncwarp()
     if lane == 0:
-        value = quotient(round_sum(room[0]), round_sum(room[1]), divisor)
-        store(totals + r * item_size(like), as_result(like, value))
+        below = round_sum(room[1])
+        store(totals + r * item_size(like), as_result(like, quotient(round_sum(room[0]), below, divisor)))
+        if divisors != 0:
+            store(divisors + r * 8, np.inf if below == 0.0 else below)
 
 
 @device
@@ -178,9 +187,9 @@ def _scale(items, like, values, labels, weights, class_weights, classes, ignore_
 
 
 def slopes(work, items, upstream, labels, weights, class_weights, ignore_index, divisor, out):
-    """out[i] = factor * (upstream[i] / divisor), float64, exactly 0 where the factor is: d(total) / d(value i).
+    """out[i] = factor * (upstream[i] / divisor[i]), float64, exactly 0 where the factor is: d(total) / d(value i).
 
-    upstream and divisor may be None, and any real numbers.
+    upstream and divisor may be None, or one number for all.
     """
     classes = 0 if class_weights is None else class_weights.size
     factors = operand(labels), operand(weights), address(class_weights), classes, ignore_index
@@ -193,8 +202,79 @@ def _slopes(items, upstream, labels, weights, class_weights, classes, ignore_ind
     i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
     if i < items:
         f = factor(i, labels, weights, class_weights, classes, ignore_index)
-        g = weight_at(upstream, i) / weight_at(divisor, np.int64(0))
+        g = weight_at(upstream, i) / weight_at(divisor, i)
         store(out + i * 8, f * g if f != 0.0 else 0.0)
+
+
+def weight_slopes(
+    work, items, values, upstream, divisor, mean, labels, weights, class_weights, inside, ignore_index, out
+):
+    """out[i] = (upstream[i] / divisor[i]) * (c * value i - c * mean[i]), c the class weight: d(total) / d(weight i), 0
+    for a weight of 0. The first c is 1 if values have it `inside`; `divisor` and `mean` may be None, as in slopes."""
+    classes, like = 0 if class_weights is None else class_weights.size, values.dtype.type(0)
+    factors = operand(labels), operand(weights), address(class_weights), classes, int(inside), ignore_index
+    arguments = like, address(values), operand(upstream), operand(divisor), operand(mean), *factors, address(out)
+    return launch(_weight_slopes.of(like), -(-items // THREADS), THREADS, out, items, out.dtype.type(0), *arguments)
+
+
+@kernel(THREADS)
+def _weight_slopes(
+    items,
+    like_out,
+    like,
+    values,
+    upstream,
+    divisor,
+    mean,
+    labels,
+    weights,
+    class_weights,
+    classes,
+    inside,
+    ignore_index,
+    out,
+):
+    i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if i < items:
+        slope = 0.0
+        if factor(i, labels, weights, 0, classes, ignore_index) != 0.0:
+            c = factor(i, labels, ONE, class_weights, classes, ignore_index)
+            slope = np.float64(load(like, values + i * item_size(like)))
+            if not inside:
+                slope = rounded_product(slope, c)
+            if mean[0] != ABSENT:
+                slope -= rounded_product(c, weight_at(mean, i))
+            slope *= weight_at(upstream, i) / weight_at(divisor, i)
+        store_item(like_out, out + i * item_size(like_out), slope)
+
+
+def focal(work, items, losses, gamma):
+    """l (1 - exp(-l))^gamma for each loss l, in place."""
+    like = losses.dtype.type(0)
+    return launch(_focal.of(like), -(-items // THREADS), THREADS, losses, items, like, address(losses), float(gamma))
+
+
+@kernel(THREADS)
+def _focal(items, like, losses, gamma):
+    i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if i < items:
+        at = losses + i * item_size(like)
+        store(at, as_result(like, focal_row(np.float64(load(like, at)), gamma)))
+
+
+def focal_slopes(work, items, losses, gamma, slopes):
+    """slopes[i] *= d focal / d loss."""
+    like = losses.dtype.type(0)
+    arguments = items, like, address(losses), float(gamma), address(slopes)
+    return launch(_focal_slopes.of(like), -(-items // THREADS), THREADS, losses, *arguments)
+
+
+@kernel(THREADS)
+def _focal_slopes(items, like, losses, gamma, slopes):
+    i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if i < items:
+        loss = np.float64(load(like, losses + i * item_size(like)))
+        store(slopes + i * 8, load(0.0, slopes + i * 8) * focal_row_slope(loss, gamma))
 
 
 def negate(work, items, values):
