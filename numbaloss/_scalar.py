@@ -68,7 +68,15 @@ def select(typingctx, condition, a, b):
     """a if condition else b, both computed: a branch would keep a loop out of the vector lanes."""
     if condition == types.boolean and a == b:
         return a(condition, a, a), lambda context, builder, sig, args: builder.select(*args)
-    return None
+    result = vector_of(a, b)
+    if result is None or not isinstance(condition, Vector):
+        return None
+    result = Vector(getattr(result, "dtype", result), condition.width)
+
+    def codegen(context, builder, sig, args):
+        return builder.select(args[0], *lift(builder, result, args[1:]))
+
+    return result(condition, a, b), codegen
 
 
 @intrinsic
@@ -493,6 +501,76 @@ def log1p_32(e):
 def exp_neg_64(a):
     """exp(-a) for a >= 0; NaN for NaN."""
     return select(a == a, exp_64(-a), a)
+
+
+@scalar
+def inverse_32(e):
+    """1 / (1 + e) for 0 <= e <= 1, 2 ulp: Newton's steps in place of a division, which on CUDA may jump."""
+    r = fma(fma(f32(0.3232332766056061), e, f32(-0.8080854415893555)), e, f32(0.9899002313613892))
+    w = ONE + e
+    r = fma(r, fma(-w, r, ONE), r)
+    return fma(r, fma(-w, r, ONE), r)
+
+
+@scalar
+def inverse_64(e):
+    """1 / (1 + e) for 0 <= e <= 1, 2 ulp."""
+    r = fma(-0.10450538367517063, e, 0.4179720374811773)
+    r = fma(r, e, -0.7705992119301591)
+    r = fma(r, e, 0.9534275145839527)
+    r = fma(r, e, -0.9962758631835416)
+    r = fma(r, e, 0.9999489907875492)
+    w = 1.0 + e
+    r = fma(r, fma(-w, r, 1.0), r)
+    return fma(r, fma(-w, r, 1.0), r)
+
+
+@scalar
+def tanh_32(v):
+    """tanh(v), 1.3 eps; relative error of the polynomial 4.6e-9. NaN for NaN."""
+    a, z = abs(v), v * v
+    p = fma(f32(-0.005692329257726669), z, f32(0.020628182217478752))
+    p = fma(p, z, f32(-0.05373651534318924))
+    p = fma(p, z, f32(0.13331405818462372))
+    p = fma(p, z, f32(-0.3333328068256378))
+    e = exp_neg_32(a + a)
+    far = fma(f32(-2) * e, inverse_32(e), ONE)
+    return select(a < f32(0.625), fma(v * z, p, v), select(v < ZERO, -far, far))
+
+
+@scalar
+def tanh_64(v):
+    """tanh(v), 1.3 eps; relative error of the polynomial 1.5e-17. NaN for NaN."""
+    a, z = abs(v), v * v
+    p = fma(-1.6086604801979197e-05, z, 7.71654058151583e-05)
+    p = fma(p, z, -0.00022857631866666465)
+    p = fma(p, z, 0.000586319668810716)
+    p = fma(p, z, -0.0014549590959855566)
+    p = fma(p, z, 0.0035919891066123573)
+    p = fma(p, z, -0.008863220985443674)
+    p = fma(p, z, 0.021869487574459622)
+    p = fma(p, z, -0.053968253931194254)
+    p = fma(p, z, 0.13333333333261932)
+    p = fma(p, z, -0.33333333333332854)
+    e = exp_neg_64(a + a)
+    far = fma(-2.0 * e, inverse_64(e), 1.0)
+    return select(a < 0.625, fma(v * z, p, v), select(v < 0.0, -far, far))
+
+
+@scalar
+def tanh_slope_32(v):
+    """1 - tanh(v)^2 = 4 e^(-2 |v|) / (1 + e^(-2 |v|))^2, 3 eps."""
+    e = exp_neg_32(abs(v) + abs(v))
+    k = inverse_32(e)
+    return f32(4) * e * k * k
+
+
+@scalar
+def tanh_slope_64(v):
+    """As tanh_slope_32."""
+    e = exp_neg_64(abs(v) + abs(v))
+    k = inverse_64(e)
+    return 4.0 * e * k * k
 
 
 @scalar

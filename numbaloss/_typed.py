@@ -33,6 +33,10 @@ from ._scalar import (
     sigmoid_loss,
     split_32,
     split_64,
+    tanh_32,
+    tanh_64,
+    tanh_slope_32,
+    tanh_slope_64,
     term_32,
     term_64,
     weighted_loss,
@@ -278,6 +282,28 @@ def _log1p(e):
     if e == types.float64:
         return lambda e: select(e == e, log1p_64(e), e)
     return lambda e: log1p_32(e)
+
+
+def tanh(x):
+    """tanh_32 or tanh_64; vectors too."""
+
+
+@overload(tanh)
+def _tanh(x):
+    if getattr(x, "dtype", x) == types.float64:
+        return lambda x: tanh_64(x)
+    return lambda x: tanh_32(x)
+
+
+def tanh_slope(x):
+    """1 - tanh(x)^2, without cancellation; vectors too."""
+
+
+@overload(tanh_slope)
+def _tanh_slope(x):
+    if getattr(x, "dtype", x) == types.float64:
+        return lambda x: tanh_slope_64(x)
+    return lambda x: tanh_slope_32(x)
 
 
 def binary_loss(x, z, q, one, log1p_exp):

@@ -15,7 +15,8 @@ WIDTH = 16
 
 
 class Vector(types.Type):
-    """WIDTH items (fewer only where CUDA's threads fold their lanes) of float32 or float64."""
+    """WIDTH items (fewer only where CUDA's threads fold their lanes) of float32 or float64; booleans, where two are
+    compared."""
 
     def __init__(self, dtype, width=WIDTH):
         self.dtype, self.width = dtype, width
@@ -24,7 +25,8 @@ class Vector(types.Type):
 
 def vector_ir(kind):
     """The LLVM type of a Vector."""
-    return ir.VectorType(ir.FloatType() if kind.dtype == types.float32 else ir.DoubleType(), kind.width)
+    item = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}[kind.dtype]
+    return ir.VectorType(item, kind.width)
 
 
 @register_model(Vector)
@@ -63,11 +65,12 @@ def splat(typingctx, x):
     return Vector(x)(x), lambda context, builder, sig, args: spread(builder, args[0])
 
 
-def _operator(op, emit):
+def _operator(op, emit, dtype=None):
     @intrinsic
     def run(typingctx, a, b):
         kind = vector_of(a, b)
-        return kind(a, b), lambda context, builder, sig, args: emit(builder, *lift(builder, kind, args))
+        result = kind if dtype is None else Vector(dtype, kind.width)
+        return result(a, b), lambda context, builder, sig, args: emit(builder, *lift(builder, kind, args))
 
     @overload(op)
     def _(a, b):
@@ -77,6 +80,14 @@ def _operator(op, emit):
 _operator(operator.add, lambda builder, a, b: builder.fadd(a, b))
 _operator(operator.sub, lambda builder, a, b: builder.fsub(a, b))
 _operator(operator.mul, lambda builder, a, b: builder.fmul(a, b))
+for _op, _sign in (
+    (operator.lt, "<"),
+    (operator.gt, ">"),
+    (operator.le, "<="),
+    (operator.ge, ">="),
+    (operator.eq, "=="),
+):
+    _operator(_op, lambda builder, a, b, sign=_sign: builder.fcmp_ordered(sign, a, b), types.boolean)
 
 
 @intrinsic
@@ -88,6 +99,22 @@ def _negative(typingctx, a):
 @overload(operator.neg)
 def _neg(a):
     return (lambda a: _negative(a)) if isinstance(a, Vector) else None
+
+
+@intrinsic
+def _magnitude(typingctx, a):
+    def codegen(context, builder, sig, args):
+        bits = a.dtype.bitwidth
+        words = ir.VectorType(ir.IntType(bits), a.width)
+        mask = ir.Constant(words, [(1 << (bits - 1)) - 1] * a.width)
+        return builder.bitcast(builder.and_(builder.bitcast(args[0], words), mask), args[0].type)
+
+    return a(a), codegen
+
+
+@overload(abs)
+def _abs(a):
+    return (lambda a: _magnitude(a)) if isinstance(a, Vector) else None
 
 
 @intrinsic

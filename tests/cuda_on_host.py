@@ -453,7 +453,23 @@ def term(x, low, m, total):
 
 @twin(_scalar.select)
 def select(condition, a, b):
-    return a if condition else b
+    return np.where(condition, a, b) if isinstance(condition, np.ndarray) else a if condition else b
+
+
+def each_item(function):
+    """The twin of a function of scalars that takes vectors and gives one: slow, but for any such function."""
+    scalar = scalar_twin(function)
+
+    @twin(function)
+    def run(*args):
+        vector = next((x for x in args if isinstance(x, np.ndarray)), None)
+        if vector is None:
+            return scalar(*args)
+        return np.array([scalar(*items) for items in zip(*_spread(vector, *args))], vector.dtype)
+
+
+each_item(_typed.tanh)
+each_item(_typed.tanh_slope)
 
 
 @twin(_vector.most_bits_of)
