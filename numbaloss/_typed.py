@@ -29,6 +29,7 @@ from ._scalar import (
     low_bits_exponent,
     reference_32,
     rounded_product,
+    scalar,
     select,
     sigmoid_loss,
     split_32,
@@ -315,3 +316,31 @@ def _binary_loss(x, z, q, one, log1p_exp):
     if isinstance(q, types.Float):
         return lambda x, z, q, one, log1p_exp: weighted_loss(x, z, q, one, log1p_exp)
     return lambda x, z, q, one, log1p_exp: sigmoid_loss(x, z, one, log1p_exp)
+
+
+# -- capped logits -----------------------------------------------------------------------------------------------
+
+
+@scalar
+def capped(x, cap):
+    """softcap * tanh(x / softcap) / temperature, or x / temperature; what is not finite stays.
+
+    `cap` is (1 / softcap, softcap / temperature, 1 / temperature); without a softcap (0, 1 / temperature, what rounding
+    took from it).
+    """
+    inverse, scale, rest = cap
+    zero = inverse - inverse
+    if inverse == zero:
+        y = fma(x, scale, x * rest)
+    else:
+        y = scale * tanh(inverse * x)
+    return select(abs(x) < -minus_inf(zero), y, x)
+
+
+@scalar
+def uncapped(g, x, cap):
+    """g, a gradient by capped(x), times d capped(x) / d x."""
+    inverse, scale, rest = cap
+    if inverse == inverse - inverse:
+        return g * scale
+    return g * rest * tanh_slope(inverse * x)

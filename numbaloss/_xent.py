@@ -1,5 +1,7 @@
 """The rows of a cross entropy: their losses and gradients, and how these are reduced."""
 
+from fractions import Fraction
+
 import numpy as np
 
 from . import _check
@@ -30,7 +32,7 @@ class Rows:
         check_labels="auto",
         smoothing=0.0,
         z_loss=0.0,
-        cap=None,  # (softcap, temperature)
+        cap=None,  # see _typed.capped
         gamma=0.0,  # of a focal loss
     ):
         self.logits, self.axis, self.x = logits, axis, _check.class_axis_last(logits, axis)
@@ -60,6 +62,18 @@ def labelled(logits, labels, axis, name, check_labels, weights=None, **options):
     return Rows(logits, axis, y, None, given, name, weights, check_labels=check_labels, **options)
 
 
+def cap_of(softcap, temperature, dtype):
+    """What _typed.capped takes, or None where it would change nothing."""
+    if softcap is None and temperature == 1:
+        return None
+    temperature = _check.real(temperature, "temperature", 0.0, above=True)
+    if softcap is not None:
+        softcap = _check.real(softcap, "softcap", 0.0, above=True)
+        return dtype(1 / softcap), dtype(softcap / temperature), dtype(1 / temperature)
+    scale = dtype(1 / temperature)
+    return dtype(0), scale, dtype(float(1 / Fraction(temperature) - Fraction(float(scale))))
+
+
 def losses(q):
     """The loss of every row, logits' shape without the class axis; raises for labels out of range where asked to."""
     loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x))
@@ -83,15 +97,15 @@ def gradients(q, slopes, grad, as_one=False):
     capped = [] if q.cap is None else [q.x]
     out = _check.class_axis_last(grad, q.axis, "out")
     for begin, end, parts in _check.pieces(*arrays, out, *capped, prepare=_capping(q)):
-        slope, row_loss, work = slopes[begin:end], _check.part(flat, begin, end), (end - begin) * q.classes
+        slope, row_loss = slopes[begin:end], _check.part(flat, begin, end)
         to = parts[0][:2] if capped else parts[len(arrays)][:2]
         if q.gamma != 0:
             _fill_losses(q, parts, begin, end, row_loss)
             kernels("totals", logits=q.x).focal_slopes(end - begin, end - begin, row_loss, q.gamma, slope)
         _fill_gradients(q, parts, begin, end, as_one, slope, row_loss, to)
         if capped:
-            original, to = parts[-1][:2], parts[len(arrays)][:2]
-            kernels("elements", logits=q.x).uncap(work, end - begin, *parts[0][:2], *original, *q.cap, *to)
+            grads, original, to = parts[0][2].reshape(-1, q.classes), parts[-1][:2], parts[len(arrays)][:2]
+            kernels("elements", logits=q.x).uncap(grads.size, end - begin, grads, *original, q.cap, *to)
     if q.gamma != 0:
         kernels("totals", logits=q.x).focal(flat.size, flat.size, flat, q.gamma)
     return loss
@@ -104,7 +118,8 @@ def _capping(q):
 
     def prepare(x):
         out = array_module(x).empty(x.shape, _check.result_dtype(x))
-        kernels("elements", logits=x).cap(out.size, out.size // q.classes, *_check.readable(x), *q.cap, out)
+        rows = out.reshape(-1, q.classes)
+        kernels("elements", logits=x).cap(out.size, len(rows), *_check.readable(x), q.cap, rows)
         return out
 
     return prepare

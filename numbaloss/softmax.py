@@ -174,11 +174,9 @@ def _cross_entropy_rows(
         "class_weights": _check.class_weights(class_weights, logits.shape[axis], np.float64, logits),
         "smoothing": _check.real(label_smoothing, "label_smoothing", 0.0, 1.0),
         "z_loss": _check.real(z_loss, "z_loss", 0.0),
+        "cap": _xent.cap_of(softcap, temperature, _check.result_dtype(logits)),
         "gamma": gamma,
     }
-    if softcap is not None or temperature != 1:
-        cap = 0.0 if softcap is None else _check.real(softcap, "softcap", 0.0, above=True)
-        options["cap"] = cap, _check.real(temperature, "temperature", 0.0, above=True)
     if targets.dtype.kind in "iu":
         ignore = _check.integer(_xent.IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
         return _xent.labelled(logits, targets, axis, "targets", check_labels, ignore_index=ignore, **options)

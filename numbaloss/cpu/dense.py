@@ -94,7 +94,7 @@ def _weight_of(class_weights, j, one):
 def share_of(like, targets, r, j, y, class_weights, spare):
     """What class j of row r has a share of, as float64."""
     hot, rest = shares(targets)
-    label = label_of(label_tile(like, targets, r, j, 1, spare), np.uint64(0), j, class_weights, compute_zero(like) + 1)
+    label = label_of(label_tile(like, targets, r, j, 1, spare), np.uint64(0), j, class_weights, as_result(like, 1.0))
     return rounded_product(rest + (hot if j == y else 0.0), np.float64(label))
 
 
@@ -148,7 +148,7 @@ def share_sums(like, rows, address, targets, r, y, class_weights, largest, rooms
         mass += fold_lanes(zero, lanes_2, min(LANES, end - chunk))
     if y < 0:
         return distance, mass
-    weight = hot * np.float64(weight_of(class_weights, y, zero + 1))
+    weight = hot * np.float64(weight_of(class_weights, y, as_result(like, 1.0)))
     apart = np.float64(largest) - np.float64(widen(span(like, address + y * stride, 1)[0]))
     own = weight * apart if weight != 0.0 else 0.0
     return fma(rest, distance, own), fma(rest, mass, weight)
