@@ -166,6 +166,31 @@ def gradient(out, logits, axis):
     return out
 
 
+def output(out, shape, *dtypes):
+    """The array that a derivative goes to: of this shape and one of these dtypes. None stays None."""
+    if out is None:
+        return None
+    out = array(out, "out")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.dtype not in dtypes:
+        raise TypeError(f"out: expected dtype {' or '.join(map(str, dtypes))}, got {out.dtype}")
+    if not is_cupy(out) and not out.flags.writeable:
+        raise ValueError("out: expected an array that can be written, got a read-only one")
+    return out
+
+
+def number_in(x, low, high, name):
+    """x as a Python float in [low, high]."""
+    try:
+        value = float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected a number in [{low}, {high}], got {value}")
+    return value
+
+
 def upstream(x, shape, logits):
     """The gradient that comes from above, of this shape; None stays None. NumPy's as float64, one after the other in
     memory, or one number for all."""
