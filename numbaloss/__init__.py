@@ -4,9 +4,13 @@ Importing this package imports NumPy alone; Numba and the kernels come with the 
 """
 
 from ._version import __version__
-from .grad import value_and_grad
+from .grad import value_and_grad, value_grad_hess
 from .sequence import sequence_loss
-from .sigmoid import sigmoid_cross_entropy_with_logits, weighted_cross_entropy_with_logits
+from .sigmoid import (
+    sigmoid_cross_entropy_with_logits,
+    sigmoid_focal_cross_entropy_with_logits,
+    weighted_cross_entropy_with_logits,
+)
 from .softmax import (
     TokenScores,
     cross_entropy,
@@ -33,10 +37,12 @@ __all__ = [
     "score_tokens",
     "sequence_loss",
     "sigmoid_cross_entropy_with_logits",
+    "sigmoid_focal_cross_entropy_with_logits",
     "softmax",
     "softmax_cross_entropy_with_logits",
     "sparse_softmax_cross_entropy_with_logits",
     "token_logprobs",
     "value_and_grad",
+    "value_grad_hess",
     "weighted_cross_entropy_with_logits",
 ]

@@ -178,6 +178,20 @@ def like_argument(out, argument, name):
     return out
 
 
+def output(out, shape, *dtypes):
+    """The array that a derivative goes to: of this shape and one of these dtypes. None stays None."""
+    if out is None:
+        return None
+    out = array(out, "out")
+    if out.shape != shape:
+        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
+    if out.dtype not in dtypes:
+        raise TypeError(f"out: expected dtype {' or '.join(map(str, dtypes))}, got {out.dtype}")
+    if not is_cupy(out) and not out.flags.writeable:
+        raise ValueError("out: expected an array that can be written, got a read-only one")
+    return out
+
+
 def upstream(x, shape, logits):
     """The gradient that comes from above, of this shape; None stays None. NumPy's as float64, one after the other in
     memory, or one number for all."""

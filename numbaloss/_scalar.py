@@ -616,6 +616,76 @@ def focal_row_slope(loss, gamma):
     return power * fma(gamma, ratio, 1.0)
 
 
+def binary_slope(x, negative, positive, one, e):
+    """negative * sigmoid(x) - positive * sigmoid(-x), e = exp(-|x|): a fused step, which cannot cancel, over 1 + e."""
+    right = x >= one - one
+    return fma(select(right, -positive, negative), e, select(right, negative, -positive)) * (one / (one + e))
+
+
+@scalar
+def weighted_label_slope(x, q, one, log1p_exp):
+    """q softplus(-x) - softplus(x); a product of 0 with infinity is 0."""
+    zero = one - one
+    far = select(x >= zero, -abs(x), select(q == zero, zero, q * abs(x)))
+    return fma(q - one, log1p_exp, far)
+
+
+@scalar
+def weighted_pos_weight_slope(x, z, one, log1p_exp):
+    """z softplus(-x); a product of 0 with infinity is 0."""
+    zero = one - one
+    return fma(z, log1p_exp, select(x >= zero, zero, select(z == zero, zero, z * abs(x))))
+
+
+@scalar
+def sigmoid_slope(one, e):
+    """sigmoid(x) * sigmoid(-x)."""
+    r = one / (one + e)
+    return e * r * r
+
+
+@scalar
+def by_side(x, positive, negative, one):
+    """(weight of the side that the logit is on, weight of the other)."""
+    right = x >= one - one
+    return select(right, positive, negative), select(right, negative, positive)
+
+
+@scalar
+def focal_sum(near, far, value_near, value_far, one):
+    """near * value_near + far * value_far; a product of 0 with infinity is 0."""
+    zero = one - one
+    return fma(near, value_near, select(far == zero, zero, far * value_far))
+
+
+@scalar
+def focal_slopes(a, gamma, one, e, log1p_exp, near, far):
+    """-f'(a) and -f'(-a), a >= 0 finite: -f'(s) = q^gamma (gamma p softplus(-s) + q), p = sigmoid(s), q = 1 - p; `near`
+    and `far` are q^gamma. No sum of a and log1p_exp, a product, which CUDA's compiler would contract."""
+    r = one / (one + e)
+    k = gamma * (e * r)
+    return near * fma(gamma * r, log1p_exp, e * r), far * fma(k, a, fma(k, log1p_exp, r))
+
+
+@scalar
+def focal_curvatures(a, gamma, one, e, log1p_exp, near, far):
+    """f''(a) and f''(-a): f''(s) = q^gamma p (gamma softplus(-s) (gamma p - q) + q (2 gamma + 1))."""
+    r = one / (one + e)
+    small, twice = e * r, fma(gamma, one + one, one)
+    k = gamma * fma(gamma, small, -r)
+    return (
+        near * r * fma(gamma * log1p_exp, fma(gamma, r, -small), small * twice),
+        far * small * fma(k, a, fma(k, log1p_exp, r * twice)),
+    )
+
+
+@scalar
+def without_sign(x, one):
+    """x, and 0 for -0."""
+    zero = one - one
+    return select(x == zero, zero, x)
+
+
 # -- terms of a sum ----------------------------------------------------------------------------------------------
 
 

@@ -15,12 +15,17 @@ from ._scalar import (
     ONE,
     ZERO,
     at_least,
+    binary_slope,
     bits_float,
+    by_side,
     exp_64,
     exp_neg_32,
     exp_neg_64,
     f32,
     fma,
+    focal_curvatures,
+    focal_slopes,
+    focal_sum,
     frame_32,
     from_bfloat16,
     from_float16,
@@ -32,6 +37,7 @@ from ._scalar import (
     scalar,
     select,
     sigmoid_loss,
+    sigmoid_slope,
     split_32,
     split_64,
     tanh_32,
@@ -40,7 +46,10 @@ from ._scalar import (
     tanh_slope_64,
     term_32,
     term_64,
+    weighted_label_slope,
     weighted_loss,
+    weighted_pos_weight_slope,
+    without_sign,
 )
 
 LOW_64 = -709.0
@@ -307,15 +316,133 @@ def _tanh_slope(x):
     return lambda x: tanh_slope_32(x)
 
 
+# x: a logit, z: its label, q: None, a pos_weight, or the focal loss's (factor of the positive part, of the negative
+# part, gamma); all of one precision, and `one` is a 1 of it; e = exp(-|x|)
+
+
+def _by_kind(q, plain, weighted, focal):
+    return focal if isinstance(q, types.BaseTuple) else weighted if isinstance(q, types.Float) else plain
+
+
 def binary_loss(x, z, q, one, log1p_exp):
-    """sigmoid_loss, or weighted_loss for a pos_weight q of the type of x."""
+    """The loss: sigmoid_loss, weighted_loss or focal."""
 
 
 @overload(binary_loss)
 def _binary_loss(x, z, q, one, log1p_exp):
-    if isinstance(q, types.Float):
-        return lambda x, z, q, one, log1p_exp: weighted_loss(x, z, q, one, log1p_exp)
-    return lambda x, z, q, one, log1p_exp: sigmoid_loss(x, z, one, log1p_exp)
+    def focal(x, z, q, one, log1p_exp):
+        return focal_of(x, z * q[0], (one - z) * q[1], q[2], one, log1p_exp)
+
+    return _by_kind(
+        q,
+        lambda x, z, q, one, log1p_exp: sigmoid_loss(x, z, one, log1p_exp),
+        lambda x, z, q, one, log1p_exp: weighted_loss(x, z, q, one, log1p_exp),
+        focal,
+    )
+
+
+def slope_by_logit(x, z, q, one, e, log1p_exp):
+    """d loss / d x."""
+
+
+@overload(slope_by_logit)
+def _slope_by_logit(x, z, q, one, e, log1p_exp):
+    def focal(x, z, q, one, e, log1p_exp):
+        a, gamma = cut(x), q[2]
+        near, far = focal_powers(a, gamma, one, log1p_exp)
+        near, far = focal_slopes(a, gamma, one, e, log1p_exp, near, far)
+        w, w_far = by_side(x, z * q[0], (one - z) * q[1], one)
+        slope = fma(w_far, far, -(w * near))
+        return select(x >= one - one, slope, -slope)
+
+    return _by_kind(
+        q,
+        lambda x, z, q, one, e, log1p_exp: binary_slope(x, one - z, z, one, e),
+        lambda x, z, q, one, e, log1p_exp: binary_slope(x, one - z, q * z, one, e),
+        focal,
+    )
+
+
+def slope_by_label(x, z, q, one, e, log1p_exp):
+    """d loss / d z."""
+
+
+@overload(slope_by_label)
+def _slope_by_label(x, z, q, one, e, log1p_exp):
+    return _by_kind(
+        q,
+        lambda x, z, q, one, e, log1p_exp: (one - one) - x,
+        lambda x, z, q, one, e, log1p_exp: weighted_label_slope(x, q, one, log1p_exp),
+        lambda x, z, q, one, e, log1p_exp: focal_of(x, q[0], -q[1], q[2], one, log1p_exp),
+    )
+
+
+def slope_by_pos_weight(x, z, q, one, e, log1p_exp):
+    """d loss / d q."""
+
+
+@overload(slope_by_pos_weight)
+def _slope_by_pos_weight(x, z, q, one, e, log1p_exp):
+    return lambda x, z, q, one, e, log1p_exp: weighted_pos_weight_slope(x, z, one, log1p_exp)
+
+
+def curvature(x, z, q, one, e, log1p_exp):
+    """d^2 loss / d x^2."""
+
+
+@overload(curvature)
+def _curvature(x, z, q, one, e, log1p_exp):
+    def focal(x, z, q, one, e, log1p_exp):
+        a, gamma = cut(x), q[2]
+        near, far = focal_powers(a, gamma, one, log1p_exp)
+        near, far = focal_curvatures(a, gamma, one, e, log1p_exp, near, far)
+        w, w_far = by_side(x, z * q[0], (one - z) * q[1], one)
+        return fma(w, near, w_far * far)
+
+    return _by_kind(
+        q,
+        lambda x, z, q, one, e, log1p_exp: sigmoid_slope(one, e),
+        lambda x, z, q, one, e, log1p_exp: fma(q, z, one - z) * sigmoid_slope(one, e),
+        focal,
+    )
+
+
+def cut(x):
+    """|x|, but finite: beyond, exp(-|x|) is 0 all the same."""
+
+
+@overload(cut)
+def _cut(x):
+    if x == types.float64:
+        return lambda x: select(abs(x) < 1024.0, abs(x), 1024.0)
+    return lambda x: select(abs(x) < f32(128), abs(x), f32(128))
+
+
+@scalar
+def focal_powers(a, gamma, one, log1p_exp):
+    """sigmoid(-a)^gamma and sigmoid(a)^gamma for a >= 0. gamma * a may be large: its rounding counts."""
+    product, far = gamma * a, exp_neg(gamma * log1p_exp)
+    near = exp_neg(product)
+    return fma(-near, fma(gamma, a, -product), near) * far, far
+
+
+@scalar
+def focal_of(x, positive, negative, gamma, one, log1p_exp):
+    """positive f(x) + negative f(-x), f(s) = sigmoid(-s)^gamma softplus(-s)."""
+    near, far = focal_powers(cut(x), gamma, one, log1p_exp)
+    w, w_far = by_side(x, positive, negative, one)
+    return focal_sum(w, w_far, near * log1p_exp, fma(far, abs(x), far * log1p_exp), one)
+
+
+def by_upstream(g, slope, one):
+    """g * slope; 0 where g is, whatever the slope, and never -0. None counts as 1."""
+
+
+@overload(by_upstream)
+def _by_upstream(g, slope, one):
+    if g == types.none:
+        return lambda g, slope, one: without_sign(slope, one)
+    return lambda g, slope, one: without_sign(select(g == one - one, g, g * slope), one)
 
 
 # -- capped logits -----------------------------------------------------------------------------------------------

@@ -87,9 +87,9 @@ def losses(q):
     return loss
 
 
-def gradients(q, slopes, grad, as_one=False):
-    """(losses(q), `grad`), which has logits' shape and gets slopes[r] * d loss[r] / d logits. `as_one` differentiates
-    as if the labels of a row summed to 1."""
+def gradients(q, slopes, grad, as_one=False, second=0):
+    """losses(q); and `grad`, of logits' shape, gets slopes[r] * d loss[r] / d logits. `as_one` differentiates as if the
+    labels of a row summed to 1; a `second` that is not 0 gives the diagonal of the Hessian times it instead."""
     if q.y is not None and (q.check_labels == "raise" or (q.check_labels == "auto" and not is_cupy(q.x))):
         q.raise_bad_label()  # before anything is overwritten
     loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x))
@@ -102,10 +102,11 @@ def gradients(q, slopes, grad, as_one=False):
         if q.gamma != 0:
             _fill_losses(q, parts, begin, end, row_loss)
             kernels("totals", logits=q.x).focal_slopes(end - begin, end - begin, row_loss, q.gamma, slope)
-        _fill_gradients(q, parts, begin, end, as_one, slope, row_loss, to)
+        _fill_gradients(q, parts, begin, end, as_one, second, slope, row_loss, to)
         if capped:
             grads, original, to = parts[0][2].reshape(-1, q.classes), parts[-1][:2], parts[len(arrays)][:2]
-            kernels("elements", logits=q.x).uncap(grads.size, end - begin, grads, *original, q.cap, *to)
+            cap = (q.cap[0], q.cap[1] * q.cap[1], q.cap[2]) if second else q.cap
+            kernels("elements", logits=q.x).uncap(grads.size, end - begin, grads, *original, cap, *to)
     if q.gamma != 0:
         kernels("totals", logits=q.x).focal(flat.size, flat.size, flat, q.gamma)
     return loss
@@ -137,17 +138,17 @@ def _fill_losses(q, parts, begin, end, loss):
     return family.dense_xent(n * q.classes, n, like, rows, *targets, weights, q.z_loss, loss)
 
 
-def _fill_gradients(q, parts, begin, end, as_one, slopes, loss, grad):
+def _fill_gradients(q, parts, begin, end, as_one, second, slopes, loss, grad):
     """As _fill_losses; and the gradient goes to `grad`, (like, rows)."""
     like, rows, _ = parts[0]
     n, y, weights = end - begin, _check.part(q.y, begin, end), _check.part(q.weights, begin, end)
-    if q.plain:
+    if q.plain and not second:
         family = kernels("softmax", logits=q.x)
         kernel = family.narrow_sparse_xent_grad if q.classes <= family.NARROW else family.sparse_xent_grad
         return kernel(n * q.classes, n, like, rows, y, weights, q.ignore_index, slopes, loss, *grad)
     family, targets = kernels("dense", logits=q.x), _targets(q, parts, y)
     return family.dense_xent_grad(
-        n * q.classes, n, like, rows, *targets, weights, q.z_loss, as_one, slopes, loss, *grad
+        n * q.classes, n, like, rows, *targets, weights, q.z_loss, as_one, second, slopes, loss, *grad
     )
 
 

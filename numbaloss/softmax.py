@@ -208,7 +208,7 @@ def focal_loss(
     Args:
         logits: float16, bfloat16, float32 or float64, with the classes along `axis`.
         targets: integers, logits' shape without `axis`.
-        gamma: from 0 on; 0 gives cross_entropy.
+        gamma: a number in [0, 1e6]; 0 gives cross_entropy.
         weights, class_weights, ignore_index, axis, reduction, check_labels: as cross_entropy.
     Returns:
         A scalar, or logits' shape without `axis` for "none"; float32, or float64 for float64 logits; in nats. Error
@@ -230,7 +230,7 @@ def _focal_rows(logits, targets, gamma, weights, class_weights, ignore_index, ax
     targets = _check.number_array(targets, "targets", logits)
     if targets.dtype.kind not in "iu":
         raise TypeError(f"targets: expected integers, got dtype {targets.dtype}")
-    gamma = _check.real(gamma, "gamma", 0.0)
+    gamma = _check.real(gamma, "gamma", 0.0, 1e6)
     options = {"axis": axis, "check_labels": check_labels, "gamma": gamma}
     return _cross_entropy_rows(logits, targets, weights, class_weights, ignore_index, **options)
 

@@ -201,6 +201,10 @@ def _convert(kind):
     return lambda value: value
 
 
+def _kind(x):
+    return tuple(map(_kind, x)) if type(x) is tuple else type(x)
+
+
 def scalar_twin(function):
     """A compiled CPU function, or anything that compiled code can call, with results in their own types."""
     if not isinstance(function, CPUDispatcher):
@@ -211,10 +215,8 @@ def scalar_twin(function):
     known = {}  # types of arguments -> (compiled code, what types its result)
 
     def call(*args):
-        key = tuple(map(type, args))
+        key = tuple(map(_kind, args))
         if key not in known:
-            if tuple in key:
-                raise TypeError(f"{function}: expected scalars, got {args}")
             function(*args)
             compiled = function.overloads[tuple(map(numba.typeof, args))]
             known[key] = compiled.entry_point, _convert(compiled.signature.return_type)

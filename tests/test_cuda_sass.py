@@ -69,6 +69,7 @@ def signatures(like, rows):
         "_normalize": (I64, like, rows, I64, I64),
         "_dense_xent": (I64, like, rows, like, ROWS, I64, OPERAND, I64),
         "_binary_xent": (I64, like, ROWS, like, ROWS, like, ROWS, I64),
+        "_binary_grad": (I64, like, ROWS, like, ROWS, like, ROWS, like, ROWS, I64, like, ROWS, I64, I64, I64),
         "_total": (I64, like, I64, *factors, I64, I64),
         "_row_totals": (I64, like, I64, OPERAND, I64, I64, I64, I64, I64),
         "_scale": (I64, like, I64, *factors),

@@ -169,10 +169,12 @@ def add_shares(x, labels, class_weights, begin, largest, distance, mass):
 
 
 def _dense_xent_grad(
-    blocks, like, rows, targets, class_weights, weights, z_loss, as_one, scale, loss, like_grad, grad_rows
+    blocks, like, rows, targets, class_weights, weights, z_loss, as_one, second, scale, loss, like_grad, grad_rows
 ):
     """As dense_xent, and row r of `grad_rows` = scale[r] ((sum_j t_j + 2 z_loss lse) softmax - t), which may be the
-    logits' memory; `as_one` takes 1 for the sum. Rows that do not count get zeros.
+    logits' memory; `as_one` takes 1 for the sum. A `second` that is not 0 writes the diagonal of the Hessian times it
+    in place of the gradient, scale[r] p ((sum_j t_j + 2 z_loss lse) (1 - p) + 2 z_loss p). Rows that do not count get
+    zeros.
 
     A row is read from memory once and three times from the cache. The largest class's entry and y's are put in last.
     """
@@ -194,6 +196,11 @@ def _dense_xent_grad(
             loss[r] = dense_loss(distance, mass, log1p_u, x, z_loss)
             mass, tilt = 1.0 if as_one else mass, rounded_product(2.0 * z_loss, x + log1p_u)
             p = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
+            if second != 0:
+                frame = grad_frame(zero, x, u, p)
+                a, b = second * (scale[r] * (mass + tilt)), second * (scale[r] * (2.0 * z_loss))
+                hess_row(like, rows, address, where, frame, a, b, p, u, like_grad, grad_rows, out, lanes, spare)
+                continue
             frame = grad_frame(zero, x, u, scale[r] * (mass + tilt) * p)
             share = share_of(like, targets, r, where, y, class_weights, spare_2)
             top = scale[r] * dense_entry(mass, tilt, share, p, u * p)
@@ -215,6 +222,24 @@ def _dense_xent_grad(
 
 
 dense_xent_grad = Kernel(_dense_xent_grad)
+
+
+@njit
+def hess_row(like, rows, address, where, frame, a, b, p, u, like_out, out_rows, out, room, spare):
+    """Write p_j (a (1 - p_j) + b p_j) for each class; the largest's p and 1 - p are p and u p."""
+    stride, classes, zero = rows[4], rows[5], compute_zero(like)
+    m, low, shift, factor, _ = frame
+    for begin in range(0, classes, LANES):
+        size = min(LANES, classes - begin)
+        x = span(like, gather(like, address + begin * stride, stride, size, spare), size)
+        hess = span(zero, room, size)
+        first, slope = type(zero)(a), type(zero)(b - a)
+        for i in range(np.uint64(size)):
+            q = grad_of(widen(x[i]) - shift, m, low, factor)
+            hess[i] = q * fma(slope, q, first)
+        put(zero, room, size, where - begin, p * fma(b, p, a * (u * p)))
+        to = out + begin * out_rows[4]
+        write_tile(zero, room, size, like_out, to, out_rows[4], spare)
 
 
 @njit

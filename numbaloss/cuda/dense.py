@@ -222,19 +222,21 @@ def chunk_mass(like, targets, r, class_weights, begin, size):
 
 
 def dense_xent_grad(
-    work, items, like, rows, targets, class_weights, weights, z_loss, as_one, scale, loss, like_grad, grad_rows
+    work, items, like, rows, targets, class_weights, weights, z_loss, as_one, second, scale, loss, like_grad, grad_rows
 ):
     """As dense_xent, and row r of `grad_rows` = scale[r] ((sum_j t_j + 2 z_loss lse) softmax - t), which may be the
-    logits' memory; `as_one` takes 1 for the sum. Rows that do not count get zeros."""
+    logits' memory; `as_one` takes 1 for the sum. A `second` that is not 0 writes the diagonal of the Hessian times it
+    in place of the gradient, scale[r] p ((sum_j t_j + 2 z_loss lse) (1 - p) + 2 z_loss p). Rows that do not count get
+    zeros."""
     rows, grad_rows = with_known_stride(like, rows), with_known_stride(like_grad, grad_rows)
-    factors = numbers(targets), address(class_weights), operand(weights), float(z_loss), int(as_one), address(scale)
-    arguments = items, like, rows, *factors, address(loss), like_grad, grad_rows
+    factors = numbers(targets), address(class_weights), operand(weights), float(z_loss), int(as_one), float(second)
+    arguments = items, like, rows, *factors, address(scale), address(loss), like_grad, grad_rows
     return launch(_dense_xent_grad.of(like), *teams(items, rows[5]), loss, *arguments)
 
 
 @kernel(THREADS)
 def _dense_xent_grad(
-    items, like, rows, targets, class_weights, weights, z_loss, as_one, scale, loss, like_grad, grad_rows
+    items, like, rows, targets, class_weights, weights, z_loss, as_one, second, scale, loss, like_grad, grad_rows
 ):
     """As _dense_xent; then the team reads the row again from the caches and writes its gradient, and one thread the
     largest class's entry and y's."""
@@ -245,7 +247,7 @@ def _dense_xent_grad(
     zero, first, g = compute_zero(like), warp == 0 and cuda.laneid == 0, load(0.0, scale + r * 8)
     y, address, stride = target_class(targets, weights, r, rows[5]), row_address(rows, r), class_stride(like, rows)
     out, grad_stride = row_address(grad_rows, r), class_stride(like_grad, grad_rows)
-    value, where, top, own = np.nan if y == BAD else 0.0, np.int64(-1), 0.0, 0.0
+    value, where, top, own, a, b = np.nan if y == BAD else 0.0, np.int64(-1), 0.0, 0.0, 0.0, 0.0
     m, low, shift, factor, _ = grad_frame(zero, 0.0, 0.0, 0.0)
     if y >= NONE:
         largest, where, u, log1p_u = leave_largest_out(like, rows, address, room)
@@ -254,10 +256,13 @@ def _dense_xent_grad(
         value = dense_loss(distance, mass, log1p_u, x, z_loss)
         mass, tilt = 1.0 if as_one else mass, rounded_product(2.0 * z_loss, x + log1p_u)
         p = 1.0 / (1.0 + u) if log1p_u == log1p_u else np.nan
-        m, low, shift, factor, _ = grad_frame(zero, x, u, g * (mass + tilt) * p)
+        a, b = second * (g * (mass + tilt)), second * (g * (2.0 * z_loss))
+        m, low, shift, factor, _ = grad_frame(zero, x, u, p if second != 0.0 else g * (mass + tilt) * p)
         top = g * dense_entry(mass, tilt, share_of(like, targets, r, where, y, class_weights), p, u * p)
         own = top
-        if y >= 0 and y != where:
+        if second != 0.0:
+            top = p * fma(b, p, a * (u * p))
+        elif y >= 0 and y != where:
             p = rounded_product(p, exp_64(np.float64(widen(load(like, address + y * stride))) - x))
             own = g * dense_entry(mass, tilt, share_of(like, targets, r, y, y, class_weights), p, 1.0 - p)
     if first:
@@ -269,8 +274,12 @@ def _dense_xent_grad(
         grad = fill(like, as_result(like, value))
         if y >= NONE:
             v = load_apart(like, like, address + (p + position) * stride, stride, np.int64(position), np.int64(near))
-            label = load_labels(like, targets, r, class_weights, p, np.int64(position), np.int64(near))
-            grad = fma(-g, label, grad_of(v - shift, m, low, factor))
+            grad = grad_of(v - shift, m, low, factor)
+            if second != 0.0:
+                grad = grad * fma(as_result(like, b - a), grad, as_result(like, a))
+            else:
+                label = load_labels(like, targets, r, class_weights, p, np.int64(position), np.int64(near))
+                grad = fma(-g, label, grad)
         to = out + (p + position) * grad_stride
         store_part(like, like_grad, to, grad_stride, position, np.int32(0), near, grad)
         p += warps * LANES
@@ -279,7 +288,7 @@ def _dense_xent_grad(
             cuda.syncthreads()
         cuda.syncwarp()
         if first:
-            if y >= 0:
+            if y >= 0 and second == 0.0:
                 store_item(like_grad, out + y * grad_stride, as_result(like, own))
             store_item(like_grad, out + where * grad_stride, as_result(like, top))
 
