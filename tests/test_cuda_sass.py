@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +27,7 @@ pytest.importorskip("numbaloss.cuda", exc_type=ImportError)  # its message says 
 from numba.cuda.cudadrv import nvvm  # noqa: E402
 from numba.cuda.np.numpy_support import as_dtype  # noqa: E402
 
-from numbaloss.cuda import _launch, _memory, sigmoid, softmax, totals  # noqa: E402
+from numbaloss.cuda import _launch, _memory, dense, elements, sigmoid, softmax, totals  # noqa: E402
 
 
 def tool(name):
@@ -41,7 +40,7 @@ FORWARD = ("_sparse_xent", "_wide_sparse_xent")  # with an inner loop over round
 
 # -- the kernels -------------------------------------------------------------------------------------------------
 
-I64 = types.int64
+I64, F64 = types.int64, types.float64
 LIKE = {"float16": types.int16, "bfloat16": types.uint16, "float32": types.float32, "float64": types.float64}
 SIZE = {dtype: like.bitwidth // 8 for dtype, like in LIKE.items()}
 OPERAND, ROWS = types.UniTuple(I64, 5), types.UniTuple(I64, 6)
@@ -53,6 +52,9 @@ def signatures(like, rows):
     """Argument types of each kernel; `rows` where the compiler may know the class stride."""
     labels = OPERAND, OPERAND, I64  # labels, weights, ignore_index
     factors = OPERAND, OPERAND, I64, I64, I64  # labels, weights, class_weights, classes, ignore_index
+    one, of_each = types.Tuple((I64,) * 5 + (F64, F64, I64)), types.Tuple((like, *[I64] * 6, F64, F64))  # targets
+    cap = types.UniTuple(F64 if like == F64 else types.float32, 3)
+    dense_grad = I64, OPERAND, F64, I64, F64, I64, I64, like, rows
     return {
         "_sparse_xent": (I64, I64, like, rows, *labels, I64),
         "_short_sparse_xent": (I64, I64, I64, like, rows, *labels, I64),
@@ -67,13 +69,22 @@ def signatures(like, rows):
         "_entropy": (I64, like, rows, I64, I64, I64, I64),
         "_logsumexp": (I64, like, rows, I64),
         "_normalize": (I64, like, rows, I64, I64),
-        "_dense_xent": (I64, like, rows, like, ROWS, I64, OPERAND, I64),
+        "_dense_xent": (I64, like, rows, of_each, I64, OPERAND, F64, I64),
+        "_dense_xent of one": (I64, like, rows, one, I64, OPERAND, F64, I64),
+        "_dense_xent_grad": (I64, like, rows, of_each, *dense_grad),
+        "_dense_xent_grad of one": (I64, like, rows, one, *dense_grad),
+        "_label_slopes": (I64, like, I64, I64, I64, OPERAND, F64, I64),
+        "_cap": (I64, like, ROWS, cap, I64),
+        "_uncap": (I64, I64, like, ROWS, cap, like, ROWS),
         "_binary_xent": (I64, like, ROWS, like, ROWS, like, ROWS, I64),
         "_binary_grad": (I64, like, ROWS, like, ROWS, like, ROWS, like, ROWS, I64, like, ROWS, I64, I64, I64),
         "_total": (I64, like, I64, *factors, I64, I64),
-        "_row_totals": (I64, like, I64, OPERAND, I64, I64, I64, I64, I64),
+        "_row_totals": (I64, like, I64, OPERAND, I64, I64, I64, I64, I64, I64),
         "_scale": (I64, like, I64, *factors),
         "_slopes": (I64, OPERAND, *factors, OPERAND, I64),
+        "_weight_slopes": (I64, like, like, I64, OPERAND, OPERAND, OPERAND, *factors[:4], I64, I64, I64),
+        "_focal": (I64, like, I64, F64),
+        "_focal_slopes": (I64, like, I64, F64, I64),
         "_negate": (I64, like, I64),
         "_add_tokens": (I64, like, I64, I64, *labels, I64),
     }
@@ -83,7 +94,9 @@ def kernels_of(*modules):
     return {k: v for module in modules for k, v in vars(module).items() if isinstance(v, _launch.Kernel)}
 
 
-KERNELS = kernels_of(softmax, sigmoid, totals)
+KERNELS = kernels_of(softmax, dense, elements, sigmoid, totals)
+KERNELS |= {f"{name} of one": KERNELS[name] for name in ("_dense_xent", "_dense_xent_grad")}
+OF_RESULTS = {*kernels_of(totals), "_label_slopes"}  # float32 or float64
 
 
 class Case(NamedTuple):
@@ -100,7 +113,7 @@ def cases(dtype, names=KERNELS, layouts=("close",)):
     result = []
     for layout in layouts:
         for name, signature in signatures(LIKE[dtype], LAYOUTS[layout]).items():
-            is_result = name in kernels_of(totals)  # float32 or float64
+            is_result = name in OF_RESULTS
             one_form = CLOSE_ROWS not in signatures(LIKE[dtype], CLOSE_ROWS)[name]
             if name not in names or is_result and SIZE[dtype] == 2 or one_form and layout == "strided":
                 continue
@@ -136,6 +149,15 @@ def ptx_of(case, arch, **more):
     return nvvm.compile_ir(modules, **options).decode().strip("\0\n ")
 
 
+def joined(ptxs):
+    """One module of many: ptxas and nvdisasm take long to start, and make the same of each kernel."""
+    parts = [re.sub(r"\b_cudapy_smem_", f"smem_{k}_", ptx) for k, ptx in enumerate(ptxs)]  # shared arrays of one kernel
+    bodies = [part.split(".address_size 64\n")[1] for part in parts]
+    common = dict.fromkeys(line for body in bodies for line in body.splitlines() if line.startswith(".common "))
+    bodies = [re.sub(r"(?m)^\.common .*\n", "", body) for body in bodies]
+    return "\n".join([parts[0].split(".address_size")[0], ".address_size 64", *common, *bodies])
+
+
 @cache
 def assemble(ptx):
     """(machine code, what ptxas says of it)."""
@@ -148,27 +170,57 @@ def assemble(ptx):
         return cubin.read_bytes(), run.stderr
 
 
-def assemble_all(wanted, arch):
-    """{case: result of assemble}; ptxas, a process of its own, works while NVVM, in this one, writes the next PTX."""
-    with ThreadPoolExecutor() as pool:
-        futures = {case: pool.submit(assemble, ptx_of(case, arch)) for case in wanted}
-    return {case: future.result() for case, future in futures.items()}
+def entry_of(ptx):
+    return re.search(r"\.visible \.entry (\w+)\(", ptx)[1]
 
 
-def basic_blocks(cubin):
-    """Opcodes, in lists that end at a jump or before a label."""
+def sections(cubin):
+    """{entry: its disassembly}."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         run = subprocess.run([NVDISASM, "-c", path], capture_output=True, text=True, check=True)
-    blocks = [[]]
-    for line in run.stdout.replace("CALL.REL.NOINC `(.L_", "BRA `(.L_").splitlines():  # how sm_80 leaves a loop
-        opcode = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)
-        if opcode and opcode[1] != "NOP":
-            blocks[-1].append(opcode[1])
-        if re.match(r"\s*\.L_\w+:", line) or (opcode and opcode[1].startswith(("BRA", "EXIT", "RET"))):
-            blocks.append([])
-    return blocks
+    text = run.stdout.replace("CALL.REL.NOINC `(.L_", "BRA `(.L_")  # how sm_80 leaves a loop
+    return {part.partition(",")[0]: part for part in text.split("\t.section\t.text.")[1:]}
+
+
+@cache
+def machine_code(dtype, arch, layout="close"):
+    """{kernel: (its instructions, the stack that ptxas gives it)} of every kernel that takes this dtype."""
+    ptxs = {case.name: ptx_of(case, arch) for case in cases(dtype, layouts=(layout,))}
+    cubin, log = assemble(joined(ptxs.values()))
+    code = sections(cubin)
+    stacks = dict(re.findall(r"Function properties for (\w+)\n\s*(.*)", log))
+    return {name: (code[entry_of(ptx)], stacks[entry_of(ptx)]) for name, ptx in ptxs.items()}
+
+
+def instructions(text):
+    """(opcodes, {label: number of the next opcode}, [(number of a jump, its label)])."""
+    opcodes, labels, jumps = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(opcodes)
+        found = re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?", line)
+        if found and found[1] != "NOP":
+            if found[1].startswith(("BRA", "EXIT", "RET")):
+                jumps.append((len(opcodes), found[2]))
+            opcodes.append(found[1])
+    return opcodes, labels, jumps
+
+
+def basic_blocks(text):
+    """Opcodes, in lists that end at a jump or before a label."""
+    opcodes, labels, jumps = instructions(text)
+    cuts = sorted({0, len(opcodes), *labels.values(), *(at + 1 for at, _ in jumps)})
+    return [opcodes[begin:end] for begin, end in zip(cuts, cuts[1:])]
+
+
+def inner_loops(text):
+    """Opcodes between a jump back and where it leads to, without other such jumps inside."""
+    opcodes, labels, jumps = instructions(text)
+    spans = {(labels[label], at) for at, label in jumps if label in labels and labels[label] < at}
+    inner = [(a, b) for a, b in spans if not any((a, b) != (c, d) and a <= c and d <= b for c, d in spans)]
+    return [opcodes[begin : end + 1] for begin, end in inner]
 
 
 # -- tests -------------------------------------------------------------------------------------------------------
@@ -196,22 +248,31 @@ def arguments_fit(case, ptx):
     return _launch.signature(args) == case.signature and packed == [int(bits) for bits in declared]
 
 
-COMPILED = {("sm_90", dtype): KERNELS for dtype in LIKE}  # what there is time for, in two dtypes strided too
-for sm in ("sm_80", "sm_100"):
-    COMPILED |= {(sm, "bfloat16"): KERNELS, (sm, "float32"): (*FORWARD, *kernels_of(totals)), (sm, "float16"): FORWARD}
+ARCHS = ("sm_80", "sm_90", "sm_100")
+NO_STACK = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+STACKS = {  # what there is nonetheless
+    ("_entropy", "float64", "sm_80"): "8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads",
+    ("_dense_xent", "float64", "sm_100"): "168 bytes stack frame, 244 bytes spill stores, 312 bytes spill loads",
+}
+each_dtype = pytest.mark.parametrize("dtype", LIKE, scope="module")  # one after the other, and what is compiled is kept
+each_arch = pytest.mark.parametrize("arch", ARCHS, scope="module")
 
 
-@pytest.mark.parametrize("arch, dtype", COMPILED)
-def test_no_local_memory(arch, dtype):
+@each_arch
+@each_dtype
+def test_no_local_memory(dtype, arch):
     """No stack, hence no LDL and no STL."""
-    both = arch == "sm_90" and dtype in ("bfloat16", "float64")
-    wanted = cases(dtype, COMPILED[arch, dtype], ("close", "strided") if both else ("close",))
-    wrong = {}
-    for case, (_, log) in assemble_all(wanted, arch).items():
-        if "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" not in log:
-            wrong[case.name, case.layout] = log
-    assert wrong == {}
-    assert [case.name for case in wanted if not arguments_fit(case, ptx_of(case, arch))] == []
+    stacks = {(name, dtype, arch): stack for name, (_, stack) in machine_code(dtype, arch).items()}
+    assert {key: stack for key, stack in stacks.items() if stack != STACKS.get(key, NO_STACK)} == {}
+    assert [case.name for case in cases(dtype) if not arguments_fit(case, ptx_of(case, arch))] == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"], scope="module")
+def test_no_local_memory_for_classes_apart(dtype):
+    stacks = {name: stack for name, (_, stack) in machine_code(dtype, "sm_90", "strided").items()}
+    assert {name: stack for name, stack in stacks.items() if stack != NO_STACK} == {}
+    wanted = cases(dtype, layouts=("strided",))
+    assert [case.name for case in wanted if not arguments_fit(case, ptx_of(case, "sm_90"))] == []
 
 
 CLASSES = 32  # of a thread in a round of the inner loop
@@ -220,16 +281,44 @@ LIMITS = {  # instructions a class: 3 % above what they are
     "sm_90": {"float16": 13.5, "bfloat16": 13.5, "float32": 12.6},
     "sm_100": {"float16": 13.5, "bfloat16": 13.5, "float32": 12.6},
 }
-SLOW = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64|MUFU|LDL|STL|CALL")  # float64, approximations, local memory
+FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64")
+SLOW = re.compile(FLOAT64.pattern + "|MUFU|LDL|STL|CALL")  # and approximations, local memory
+
+
+FMA = {"float64": "DFMA"}
+IN_ROUNDS = set(kernels_of(softmax)) - {"_short_sparse_xent", "_join_sums"}  # of these, loads of 16 bytes:
+STREAMS = {name for name in IN_ROUNDS if not name.startswith("_narrow")}
+
+
+@each_arch
+@each_dtype
+def test_the_loops_over_classes(dtype, arch):
+    """Of every kernel: those that take exponentials have loads of 16 bytes where rows are streamed, and nothing SLOW
+    but, in the entropy's, one conversion a round."""
+    for name, (text, _) in machine_code(dtype, arch).items():
+        fma = FMA.get(dtype, "FFMA")
+        loops = [loop for loop in inner_loops(text) if loop.count(fma) >= 8]
+        streams = [loop for loop in loops if loop.count("LDG.E.128") >= CLASSES * SIZE[dtype] // 16]
+        if name in IN_ROUNDS:
+            assert loops, name
+        if name in STREAMS:
+            assert max(loop.count(fma) for loop in streams) >= 8 * CLASSES, name
+        if dtype != "float64" and name in IN_ROUNDS | {"_binary_xent"}:
+            slow = [op for loop in loops for op in loop if FLOAT64.match(op)]
+            assert len(slow) <= (name == "_entropy"), (name, slow)
+        if dtype != "float64" and name in STREAMS:
+            assert [op for loop in streams for op in loop if SLOW.match(op) and not FLOAT64.match(op)] == [], name
+
+
+below_float64 = pytest.mark.parametrize("dtype", LIMITS["sm_90"], scope="module")
 
 
 @pytest.mark.parametrize("name", FORWARD)
-@pytest.mark.parametrize("dtype", LIMITS["sm_90"])
-@pytest.mark.parametrize("arch", LIMITS)
-def test_the_inner_loop(arch, dtype, name):
+@each_arch
+@below_float64
+def test_the_inner_loop(dtype, arch, name):
     """Its body is one block: loads of 16 bytes, eight FFMA a class, nothing SLOW."""
-    (case,) = cases(dtype, (name,))
-    blocks = basic_blocks(assemble(ptx_of(case, arch))[0])
+    blocks = basic_blocks(machine_code(dtype, arch)[name][0])
     (body,) = [block for block in blocks if block.count("FFMA") >= 8 * CLASSES and "LDG.E.128" in block]
     print(f"{name} {dtype} {arch}: {len(body) / CLASSES:.2f} instructions a class")
     assert body.count("FFMA") == 8 * CLASSES
@@ -239,12 +328,11 @@ def test_the_inner_loop(arch, dtype, name):
     assert len(body) / CLASSES <= LIMITS[arch][dtype]
 
 
-@pytest.mark.parametrize("dtype", LIMITS["sm_90"])
-@pytest.mark.parametrize("arch", LIMITS)
-def test_the_only_round(arch, dtype):
+@each_arch
+@below_float64
+def test_the_only_round(dtype, arch):
     """Rows of one round: all loads of a thread before the first is used, 11 instructions a class from there on."""
-    (case,) = cases(dtype, ("_short_sparse_xent",))
-    blocks = basic_blocks(assemble(ptx_of(case, arch))[0])
+    blocks = basic_blocks(machine_code(dtype, arch)["_short_sparse_xent"][0])
     loads = CLASSES * SIZE[dtype] // 16
     assert max(block.count("LDG.E.128") for block in blocks) == loads
     near, far = sorted((block for block in blocks if block.count("FFMA") >= 8 * CLASSES), key=len)  # far: subtracts
@@ -257,16 +345,15 @@ def test_the_only_round(arch, dtype):
 FUSED = re.compile(r"\bfma\.rn\.f(?:32|64)\b")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"], scope="module")
 def test_no_product_and_sum_are_contracted(dtype):
     """Each is rounded, as on the CPU: fma=0 forbids it to NVVM, and to ptxas in the PTX, and makes no difference."""
-    more = {}
-    for case in cases(dtype):
-        default, rounded = ptx_of(case, "sm_90"), ptx_of(case, "sm_90", fma=0)
-        more[case.name] = len(FUSED.findall(default)) - len(FUSED.findall(rounded))
-        if case.name in (*FORWARD, "_normalize", "_binary_xent", "_total"):  # not all, to save time
-            assert assemble(default)[0] == assemble(rounded)[0], case.name
+    default, rounded = ([ptx_of(case, "sm_90", **more) for case in cases(dtype)] for more in ({}, {"fma": 0}))
+    more = {
+        case.name: len(FUSED.findall(a)) - len(FUSED.findall(b)) for case, a, b in zip(cases(dtype), default, rounded)
+    }
     assert {name: n for name, n in more.items() if n != 0} == {}
+    assert assemble(joined(default))[0] == assemble(joined(rounded))[0]
 
 
 def test_a_contraction_would_be_seen():
@@ -278,5 +365,5 @@ def test_a_contraction_would_be_seen():
     default, rounded = ptx_of(case, "sm_90"), ptx_of(case, "sm_90", fma=0)
     assert [len(FUSED.findall(ptx)) for ptx in (default, rounded)] == [1, 0]
     left_to_ptxas = rounded.replace("mul.rn", "mul").replace("add.rn", "add")
-    codes = [basic_blocks(assemble(ptx)[0]) for ptx in (rounded, left_to_ptxas)]
-    assert [sum(block.count("FFMA") for block in blocks) for blocks in codes] == [0, 1]
+    codes = [instructions(sections(assemble(ptx)[0])[entry_of(ptx)])[0] for ptx in (rounded, left_to_ptxas)]
+    assert [opcodes.count("FFMA") for opcodes in codes] == [0, 1]
