@@ -120,15 +120,17 @@ def _max_nan(builder, x, low):
 
 @intrinsic
 def rounded_product(typingctx, a, b):
-    """a * b of float64, rounded: CUDA's compiler would make one fma of it and the sum that it goes into."""
-    if a != types.float64 or b != types.float64:
+    """a * b, rounded: CUDA's compiler would make one fma of it and the sum that it goes into."""
+    if a != b:
         return None
 
+    def multiply(builder, x, y):
+        code, letter = ("mul.rn.f32 $0, $1, $2;", "f") if x.type == _F32 else ("mul.rn.f64 $0, $1, $2;", "d")
+        kind = ir.FunctionType(x.type, [x.type] * 2)
+        return builder.call(ir.InlineAsm(kind, code, f"={letter},{letter},{letter}"), [x, y])
+
     def codegen(context, builder, sig, args):
-        if not on_cuda(builder):
-            return builder.fmul(*args)
-        kind = ir.FunctionType(_F64, [_F64, _F64])
-        return builder.call(ir.InlineAsm(kind, "mul.rn.f64 $0, $1, $2;", "=d,d,d"), args)
+        return each(builder, *args, multiply) if on_cuda(builder) else builder.fmul(*args)
 
     return a(a, b), codegen
 
@@ -616,6 +618,7 @@ def focal_row_slope(loss, gamma):
     return power * fma(gamma, ratio, 1.0)
 
 
+@scalar
 def binary_slope(x, negative, positive, one, e):
     """negative * sigmoid(x) - positive * sigmoid(-x), e = exp(-|x|): a fused step, which cannot cancel, over 1 + e."""
     right = x >= one - one

@@ -44,7 +44,8 @@ def value_and_grad(loss, wrt="logits", *, derivative=None):
             there are any; "labels", where they are real numbers, or "targets"; "pos_weight".
         derivative: "tensorflow" or "true", for softmax_cross_entropy_with_logits alone, whose gradient in TensorFlow is
             softmax - labels also where the labels of a row do not sum to 1; the true derivative is then
-            sum(labels) * softmax - labels. TensorFlow's unless given.
+            sum(labels) * softmax - labels. TensorFlow's unless given. (sequence_loss has TensorFlow's, cross_entropy
+            the true one.)
     The function takes, besides the loss's own arguments:
         upstream: real numbers that broadcast to the loss: the gradient is that of sum(upstream * loss).
         out: where the gradient goes, of the argument's shape and dtype (or float32 for 16 bits); for a tuple of names a
@@ -185,7 +186,8 @@ def _sequence_loss(upstream, out, logits, targets, weights, softmax_loss_functio
         averages = rule is not None and rule[1] == _check.FACTORS_OR_NONE
         return value, _for_steps(array_module(loss).reshape(value, -1), rule, q.shape) if averages else None
 
-    return _gradients(q, value_of, upstream, divisor, out, False, {"targets": targets, "weights": weights})
+    arguments = {"targets": targets, "weights": weights}
+    return _gradients(q, value_of, upstream, divisor, out, True, arguments)  # TensorFlow's derivative
 
 
 def _same_kind(q, upstream, out):

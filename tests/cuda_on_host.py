@@ -319,14 +319,21 @@ def hide_first(like, v, count):
 
 @twin(_memory.load_apart)
 def load_apart(like, like_items, address, stride, position, end):
-    result, dtype = np.zeros(WIDTH, precision(like)), dtype_of(like_items)
+    result, dtype = np.zeros(WIDTH // 2, precision(like)), dtype_of(like_items)
     for k, step, count in neighbours(like, position, position, end):
+        if k >= result.size:
+            break
         if stride == dtype.itemsize:
             result[k : k + count] = widened(MEMORY.view(address + step * stride, count * stride, stride).view(dtype))
         else:
             for i in range(count):
                 result[k + i] = widen(load_item(address + (step + i) * stride, dtype))
     return result
+
+
+@twin(_memory.ones_apart)
+def ones_apart(like, position, end):
+    return (far(like, 32)[: WIDTH // 2] < end - position).astype(precision(like))
 
 
 @twin(_memory.fold_loads)

@@ -133,29 +133,76 @@ def divide(total, divisor):
         return np.float64(total) / np.float64(divisor)
 
 
+def prepared(logits, softcap=None, temperature=1.0):
+    """Logits capped and divided; what is infinite stays."""
+    x = f64(logits)
+    with np.errstate(invalid="ignore", over="ignore"):
+        capped = x / temperature if softcap is None else softcap * np.tanh(x / softcap) / temperature
+    return np.where(np.isinf(x), x, capped)
+
+
 def cross_entropy(
-    logits, targets, weights=None, class_weights=None, ignore_index=-100, axis=-1, reduction="mean", magnitude=False
+    logits,
+    targets,
+    weights=None,
+    class_weights=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    temperature=1.0,
+    axis=-1,
+    reduction="mean",
+    magnitude=False,
 ):
     """Integer targets, or class probabilities of the logits' shape; weight 0 and ignore_index hide a row."""
-    targets = np.asarray(targets)
+    x, targets = prepared(logits, softcap, temperature), np.asarray(targets)
     classes = np.shape(logits)[axis]
     of_class = np.ones(classes) if class_weights is None else f64(class_weights)
+    w = np.ones(np.delete(np.shape(x), axis % x.ndim)) if weights is None else f64(weights)
     if targets.dtype.kind in "iu":
-        w = np.ones(targets.shape) if weights is None else f64(weights)
         ignore = (targets == ignore_index) | (w == 0)
-        loss = sparse_losses(logits, targets, axis, ignore)
         good = (targets >= 0) & (targets < classes)
-        scale = np.where(ignore, 0, w * of_class[np.where(good, targets, 0)])
-        divisor = scale
+        scale = np.where(ignore, 0, w)
+        divisor = scale * of_class[np.where(good, targets, 0)]
+        hot = sparse_losses(x, targets, axis, ignore) * of_class[np.where(good, targets, 0)]
+        hot = np.where(of_class[np.where(good, targets, 0)] == 0, 0, hot)
     else:
+        scale = divisor = w
         z = np.moveaxis(np.moveaxis(f64(targets), axis, -1) * of_class, -1, axis)
-        loss = dense_losses(logits, z, axis, magnitude)
-        scale = divisor = np.ones(loss.shape) if weights is None else f64(weights)
+        hot = dense_losses(x, z, axis, magnitude)
+    loss = (1 - label_smoothing) * hot if label_smoothing < 1 else np.zeros(hot.shape)
+    if label_smoothing:
+        shape = [-1 if k == axis % x.ndim else 1 for k in range(x.ndim)]
+        loss = loss + label_smoothing / classes * dense_losses(x, of_class.reshape(shape), axis)
+    if z_loss:
+        loss = loss + z_loss * logsumexp(x, axis) ** 2
     values = np.where(scale == 0, 0, scale * np.where(scale == 0, 0, loss))
     values = np.abs(values) if magnitude else values
     if reduction == "none":
         return values
     return values.sum() if reduction == "sum" else divide(values.sum(), divisor.sum())
+
+
+def cross_entropy_gradient(logits, targets, upstream=1.0, reduction="mean", **options):
+    """d sum(upstream * cross_entropy) / d logits, the classes last; the logits finite."""
+    weights, of_class, e = options.get("weights"), options.get("class_weights"), options.get("label_smoothing", 0.0)
+    softcap, temperature, z_loss = options.get("softcap"), options.get("temperature", 1.0), options.get("z_loss", 0.0)
+    x, targets = prepared(logits, softcap, temperature), np.asarray(targets)
+    classes = x.shape[-1]
+    of_class = np.ones(classes) if of_class is None else f64(of_class)
+    w = np.ones(x.shape[:-1]) if weights is None else f64(weights)
+    divisor = w
+    if targets.dtype.kind in "iu":
+        w = np.where(targets == options.get("ignore_index", -100), 0, w)
+        targets = np.where(targets < 0, 0, targets)
+        divisor, targets = w * of_class[targets], np.eye(classes)[targets]
+    shares = ((1 - e) * f64(targets) + e / classes) * of_class
+    p, lse = softmax(x), logsumexp(x)
+    grad = (shares.sum(-1) + 2 * z_loss * lse)[..., None] * p - shares
+    slope = 1 / temperature if softcap is None else (1 - np.tanh(f64(logits) / softcap) ** 2) / temperature
+    scale = w * f64(upstream) / (divisor.sum() if reduction == "mean" else 1)
+    return grad * slope * scale[..., None]
 
 
 def sequence_loss(

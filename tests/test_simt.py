@@ -175,7 +175,8 @@ def test_loads(dtype):
     like = carrier.get(dtype.name, dtype.type(0))
     vector = stored(njit(lambda like, address, team: _memory.load_vector(like, address, team)), like)
     part = stored(njit(lambda like, a, s, p, b, e, team: _memory.load_part(like, a, s, p, b, e, team)), like)
-    apart = stored(njit(lambda like, like_items, a, s, p, e: _memory.load_apart(like, like_items, a, s, p, e)), like)
+    take = njit(lambda like, like_items, a, s, p, e: _memory.load_apart(like, like_items, a, s, p, e))
+    apart, ones = stored(take, like, 16), stored(njit(lambda like, p, e: _memory.ones_apart(like, p, e)), like, 16)
     for team in (np.int32(8), np.int32(16), np.int32(32)):
         assert np.array_equal(bits(vector(like, address, team)), bits(host.load_vector(like, address, team)))
     for stride in (dtype.itemsize, 3 * dtype.itemsize):
@@ -185,6 +186,7 @@ def test_loads(dtype):
                 assert np.array_equal(bits(part(*args)), bits(host.load_part(*args))), args
             args = like, like, address, stride, position, end
             assert np.array_equal(bits(apart(*args)), bits(host.load_apart(*args)))
+            assert np.array_equal(bits(ones(like, position, end)), bits(host.ones_apart(like, position, end)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -101,6 +101,9 @@ def atomic_add(typingctx, address, value):
 # -- vectors -----------------------------------------------------------------------------------------------------
 
 
+HALF = 16 * WIDTH  # positions of a warp from the first half of its Vectors to the other
+
+
 def _wide(like):
     return Vector(types.float64 if like == types.float64 else types.float32, WIDTH)
 
@@ -341,9 +344,9 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
 
 @intrinsic
 def load_apart(typingctx, like, like_items, address, stride, position, end):
-    """What load_part reads in a warp for logits like `like`, from items of another type and at any address, one by
-    one, in the precision of the logits; 0 at positions from `end` on."""
-    n, wide = _per_load(like), _wide(like)
+    """The first half of what load_part reads in a warp for logits like `like`, from items of another type and at any
+    address, one by one, in the precision of the logits; 0 at positions from `end` on. HALF positions on, the other."""
+    n, wide = _per_load(like), Vector(_wide(like).dtype, WIDTH // 2)
 
     def codegen(context, builder, sig, args):
         _, _, address, stride, position, end = args
@@ -351,7 +354,7 @@ def load_apart(typingctx, like, like_items, address, stride, position, end):
         room = builder.trunc(builder.sub(end, position), _I32)
         kind = vector_ir(wide)
         items = []
-        for k in range(WIDTH):
+        for k in range(WIDTH // 2):
             far = k // n * 32 * n + k % n
             before = builder.block
             with builder.if_then(builder.icmp_signed("<", _c32(far), room)):
@@ -369,12 +372,12 @@ def load_apart(typingctx, like, like_items, address, stride, position, end):
 @intrinsic
 def ones_apart(typingctx, like, position, end):
     """What load_apart reads from ones."""
-    n, wide = _per_load(like), _wide(like)
+    n, wide = _per_load(like), Vector(_wide(like).dtype, WIDTH // 2)
 
     def codegen(context, builder, sig, args):
         room, kind = builder.trunc(builder.sub(args[2], args[1]), _I32), vector_ir(wide)
         one, zero = ir.Constant(kind.element, 1.0), ir.Constant(kind.element, 0.0)
-        inside = [builder.icmp_signed("<", _c32(k // n * 32 * n + k % n), room) for k in range(WIDTH)]
+        inside = [builder.icmp_signed("<", _c32(k // n * 32 * n + k % n), room) for k in range(WIDTH // 2)]
         return _pack(builder, [builder.select(x, one, zero) for x in inside], kind)
 
     return wide(like, types.int64, types.int64), codegen

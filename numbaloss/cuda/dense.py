@@ -13,7 +13,20 @@ from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64, fma, rounde
 from .._typed import as_result, compute_zero, grad_frame, grad_of, item_size, widen
 from ._chunks import WARP, fold_lanes
 from ._launch import cuda, device, kernel, launch
-from ._memory import fill, load, load_apart, ones_apart, store, store_item, store_part, unless_zero, zeros
+from ._memory import (
+    HALF,
+    fill,
+    halves,
+    join,
+    load,
+    load_apart,
+    ones_apart,
+    store,
+    store_item,
+    store_part,
+    unless_zero,
+    zeros,
+)
 from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
 from ._rows import PARTS, class_stride, leave_largest_out, row_address, team_of
 from .sigmoid import THREADS
@@ -66,8 +79,8 @@ def _shares(targets):
 
 
 def load_labels(like, targets, r, class_weights, begin, position, end):
-    """This thread's labels among LANES positions of row r from class `begin` on, times the class weights; 0 from `end`
-    on."""
+    """Half of this thread's labels among LANES positions of row r from class `begin` on (see load_apart), times class
+    weights; 0 from `end` on."""
     function = labels_of_row if len(targets) == 9 else labels_of_one
     return function(like, targets, r, class_weights, begin, position, end)
 
@@ -89,7 +102,7 @@ def labels_of_row(like, targets, r, class_weights, begin, position, end):
     at = row_address(targets[1:], r) + (begin + position) * stride
     labels = load_apart(like, targets[0], at, stride, position, end)
     labels = fma(as_result(like, targets[7]), labels, as_result(like, targets[8]))
-    return labels * labels_of_one(like, targets, r, class_weights, begin, position, end)
+    return rounded_product(labels, labels_of_one(like, targets, r, class_weights, begin, position, end))
 
 
 @device
@@ -199,23 +212,31 @@ def share_sums(like, rows, targets, r, y, class_weights, largest, room):
 def chunk_distance(like, address, stride, targets, r, class_weights, begin, size, largest):
     """The sum of l (largest - x) over a chunk, l the label times its class weight: 0 for a label of 0, whatever its
     logit."""
-    total = zeros(like)
+    low, high = halves(zeros(like))
     for p in range(0, size, LANES):
         position = p + cuda.laneid * (16 // item_size(like))
-        x = load_apart(like, like, address + position * stride, stride, position, size)
-        label = load_labels(like, targets, r, class_weights, begin, position, size)
-        total = unless_zero(label, fma(label, largest - x, total), total)
-    return fold_lanes(like, total, WARP)
+        low = add_distance(like, address, stride, targets, r, class_weights, begin, position, size, largest, low)
+        position += HALF
+        high = add_distance(like, address, stride, targets, r, class_weights, begin, position, size, largest, high)
+    return fold_lanes(like, join(low, high), WARP)
+
+
+@device
+def add_distance(like, address, stride, targets, r, class_weights, begin, position, end, largest, total):
+    x = load_apart(like, like, address + position * stride, stride, position, end)
+    label = load_labels(like, targets, r, class_weights, begin, position, end)
+    return unless_zero(label, fma(label, largest - x, total), total)
 
 
 @device
 def chunk_mass(like, targets, r, class_weights, begin, size):
     """The sum of l over a chunk."""
-    total = zeros(like)
+    low, high = halves(zeros(like))
     for p in range(0, size, LANES):
         position = p + cuda.laneid * (16 // item_size(like))
-        total = total + load_labels(like, targets, r, class_weights, begin, position, size)
-    return fold_lanes(like, total, WARP)
+        low = low + load_labels(like, targets, r, class_weights, begin, position, size)
+        high = high + load_labels(like, targets, r, class_weights, begin, position + HALF, size)
+    return fold_lanes(like, join(low, high), WARP)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------
@@ -273,13 +294,12 @@ def _dense_xent_grad(
         position = np.int32(cuda.laneid * (16 // item_size(like)))
         grad = fill(like, as_result(like, value))
         if y >= NONE:
-            v = load_apart(like, like, address + (p + position) * stride, stride, np.int64(position), np.int64(near))
-            grad = grad_of(v - shift, m, low, factor)
-            if second != 0.0:
-                grad = grad * fma(as_result(like, b - a), grad, as_result(like, a))
-            else:
-                label = load_labels(like, targets, r, class_weights, p, np.int64(position), np.int64(near))
-                grad = fma(-g, label, grad)
+            at, frame, extra = address + p * stride, (m, low, shift, factor), (g, a, b)
+            half = np.int64(position)
+            first_half = grad_half(like, at, stride, targets, r, class_weights, p, half, near, frame, second, extra)
+            half += HALF
+            last_half = grad_half(like, at, stride, targets, r, class_weights, p, half, near, frame, second, extra)
+            grad = join(first_half, last_half)
         to = out + (p + position) * grad_stride
         store_part(like, like_grad, to, grad_stride, position, np.int32(0), near, grad)
         p += warps * LANES
@@ -291,6 +311,18 @@ def _dense_xent_grad(
             if y >= 0 and second == 0.0:
                 store_item(like_grad, out + y * grad_stride, as_result(like, own))
             store_item(like_grad, out + where * grad_stride, as_result(like, top))
+
+
+@device
+def grad_half(like, address, stride, targets, r, class_weights, begin, position, end, frame, second, extra):
+    """Entries of a gradient, or of a Hessian if `second` is not 0, at the positions of load_apart."""
+    m, low, shift, factor = frame
+    g, a, b = extra
+    x = load_apart(like, like, address + position * stride, stride, position, np.int64(end))
+    grad = grad_of(x - shift, m, low, factor)
+    if second != 0.0:
+        return grad * fma(as_result(like, b - a), grad, as_result(like, a))
+    return fma(-g, load_labels(like, targets, r, class_weights, begin, position, np.int64(end)), grad)
 
 
 def label_slopes(work, items, logs, class_weights, weights, keep, scale):
