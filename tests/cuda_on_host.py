@@ -251,18 +251,26 @@ def far(like, team=32):
     return LANES // n * int(team) * n + LANES % n
 
 
+def neighbours(like, position, begin, end, team=32):
+    """(k, how far it lies from the first, count): the items k, k + 1, ... of a load that are in [begin, end)."""
+    n, position, begin, end = per_load(like), int(position), int(begin), int(end)
+    for k, step in enumerate(range(0, WIDTH * int(team), n * int(team))):
+        first = max(begin - position - step, 0)
+        count = min(end - position - step, n) - first
+        if count > 0:
+            yield k * n + first, step + first, count
+
+
 @twin(_memory.load_part)
 def load_part(like, address, stride, position, begin, end, team):
-    n, dtype = per_load(like), dtype_of(like)
+    dtype = dtype_of(like)
     result = np.full(WIDTH, -np.inf, precision(like))
-    steps = far(like, team)
-    for k, step in enumerate(steps):
-        first = position + steps[k // n * n]
-        if stride == dtype.itemsize and begin <= first <= end - n:
-            if k % n == 0:
-                result[k : k + n] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
-        elif begin <= position + step < end:
-            result[k] = widen(load_item(address + step * stride, dtype))
+    for k, step, count in neighbours(like, position, begin, end, team):
+        if stride == dtype.itemsize and count == per_load(like):
+            result[k : k + count] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
+        else:
+            for i in range(count):
+                result[k + i] = widen(load_item(address + (step + i) * stride, dtype))
     return result
 
 
@@ -290,9 +298,13 @@ def store_item(like, address, value):
 
 @twin(_memory.store_part)
 def store_part(like, like_out, address, stride, position, begin, end, v):
-    for step, x in zip(far(like), narrowed(like_out, v)):
-        if begin <= position + step < end:
-            store(address + step * stride, x)
+    narrow = narrowed(like_out, v)
+    for k, step, count in neighbours(like, position, begin, end):
+        if stride == narrow.itemsize:
+            MEMORY.view(address + step * stride, count * stride, stride)[:] = narrow[k : k + count].view(np.uint8)
+        else:
+            for i in range(count):
+                store(address + (step + i) * stride, narrow[k + i])
 
 
 @twin(_memory.hide)
@@ -307,10 +319,13 @@ def hide_first(like, v, count):
 
 @twin(_memory.load_apart)
 def load_apart(like, like_items, address, stride, position, end):
-    result = np.zeros(WIDTH, precision(like))
-    for k, step in enumerate(far(like)):
-        if position + step < end:
-            result[k] = widen(load_item(address + step * stride, dtype_of(like_items)))
+    result, dtype = np.zeros(WIDTH, precision(like)), dtype_of(like_items)
+    for k, step, count in neighbours(like, position, position, end):
+        if stride == dtype.itemsize:
+            result[k : k + count] = widened(MEMORY.view(address + step * stride, count * stride, stride).view(dtype))
+        else:
+            for i in range(count):
+                result[k + i] = widen(load_item(address + (step + i) * stride, dtype))
     return result
 
 

@@ -94,8 +94,11 @@ class Memory:
     def item(self, address, dtype):
         """(array, index) of the item at an address."""
         address, size = int(address), dtype.itemsize
-        found = self._find(address, size, size)
-        return found.items(dtype), (address - found.start) // size
+        start, end, found = self.last
+        if not start <= address <= end - size or address % size:
+            found = self._find(address, size, size)
+        items = found.of_dtype.get(dtype)
+        return found.items(dtype) if items is None else items, (address - found.start) // size
 
 
 class Range:
@@ -126,6 +129,12 @@ class Dim3:
         self.x, self.y, self.z = x, y, z
 
 
+def _wait(me, what, value=None, source=None):
+    """Another thread's turn; what comes back is the value of the thread `source`."""
+    me.wait, me.value, me.source = what, value, source
+    return me.parent.switch()
+
+
 class FakeCuda:
     def __init__(self, launch):
         self._launch, self.shared, self.atomic = launch, Shared(launch), Atomic()
@@ -136,29 +145,23 @@ class FakeCuda:
     gridDim = property(lambda self: self._launch.blocks)
     laneid = property(lambda self: getcurrent().lane)
 
-    def _wait(self, what, value=None):
-        me = getcurrent()
-        me.wait, me.value = what, value
-        return me.parent.switch()
-
     def syncthreads(self):
-        self._wait("barrier")
+        _wait(getcurrent(), "barrier")
 
     def syncwarp(self, mask=0xFFFFFFFF):
-        self._wait(("warp", mask, "sync"))
-
-    def _shuffle(self, mask, value, source):
-        return self._wait(("warp", mask, "shuffle"), (value, source))
+        _wait(getcurrent(), ("warp", mask, "sync"))
 
     def shfl_xor_sync(self, mask, value, other):
-        return self._shuffle(mask, value, getcurrent().lane ^ int(other))
+        me = getcurrent()
+        return _wait(me, ("warp", mask, "shuffle"), value, me.lane ^ int(other))
 
     def shfl_sync(self, mask, value, source):
-        return self._shuffle(mask, value, int(source) & 31)
+        return _wait(getcurrent(), ("warp", mask, "shuffle"), value, int(source) & 31)
 
     def shfl_up_sync(self, mask, value, delta):
-        lane = getcurrent().lane
-        return self._shuffle(mask, value, lane - int(delta) if lane >= int(delta) else lane)
+        me = getcurrent()
+        source = me.lane - int(delta) if me.lane >= int(delta) else me.lane
+        return _wait(me, ("warp", mask, "shuffle"), value, source)
 
     def threadfence(self):
         pass
@@ -212,13 +215,14 @@ def scalar_twin(function):
 
     def call(*args):
         key = tuple(map(type, args))
-        if key not in known:
+        found = known.get(key)
+        if found is None:
             if tuple in key:
                 raise TypeError(f"{function}: expected scalars, got {args}")
             function(*args)
             compiled = function.overloads[tuple(map(numba.typeof, args))]
-            known[key] = compiled.entry_point, _convert(compiled.signature.return_type)
-        run, convert = known[key]
+            found = known[key] = compiled.entry_point, _convert(compiled.signature.return_type)
+        run, convert = found
         return convert(run(*args))
 
     return call
@@ -298,6 +302,7 @@ def _run_block(function, args, threads, chance):
         thread.number, thread.lane, thread.thread, thread.wait, thread.result = i, i & 31, Dim3(i), None, None
         thread.started = False
         everyone.append(thread)
+    warps = [everyone[first : first + 32] for first in range(0, threads, 32)]
     ready = list(everyone)
     slow = chance.randrange(-(-threads // 32)) if chance else None  # a warp that lags behind the others
     while ready:
@@ -312,29 +317,29 @@ def _run_block(function, args, threads, chance):
             else:
                 thread.started = True
                 thread.switch(*args)
-        ready = held + _warps_that_met(everyone) or _block_that_met(everyone)
+        ready = held + _warps_that_met(warps) or _block_that_met(everyone)
 
 
-def _warps_that_met(everyone):
+def _warps_that_met(warps):
     """The threads that go on because all of their warp's mask wait for the same."""
     ready = []
-    for first in range(0, len(everyone), 32):
-        warp, seen = everyone[first : first + 32], set()
+    for warp in warps:
+        seen = set()
         for thread in warp:
-            if thread.dead or thread in seen or not isinstance(thread.wait, tuple):
+            if not isinstance(thread.wait, tuple) or thread in seen or thread.dead:
                 continue
-            mask = thread.wait[1]
-            wanted = [other for other in warp if mask >> other.lane & 1]
-            if any(other.dead for other in wanted):
-                raise SimError(f"{thread.wait[2]}: a thread of the mask {mask:#x} has ended")
-            if any(other.wait != thread.wait for other in wanted):
+            what = thread.wait
+            wanted = warp if what[1] == 0xFFFFFFFF else [other for other in warp if what[1] >> other.lane & 1]
+            if len({other.wait for other in wanted}) > 1:
+                if any(other.dead for other in wanted):
+                    raise SimError(f"{what[2]}: a thread of the mask {what[1]:#x} has ended")
                 continue
             seen.update(wanted)
-            if thread.wait[2] == "shuffle":
+            if what[2] == "shuffle":
                 for other in wanted:
-                    if other.value[1] >= len(warp) or warp[other.value[1]] not in wanted:
+                    if other.source >= len(warp) or (wanted is not warp and warp[other.source] not in wanted):
                         raise SimError("a shuffle reads a thread outside of the mask")
-                    other.result = warp[other.value[1]].value[0]
+                    other.result = warp[other.source].value
             ready += wanted
     for thread in ready:
         thread.wait = None

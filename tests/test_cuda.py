@@ -108,11 +108,24 @@ class ConvertedEvaluation(nl.Evaluation):
         return super().update(*(host.to_cupy(a) for a in args))
 
 
+def takes_long(name, dtype, classes):
+    """Of rows of seven chunks: what knows no chunks, and all but one dtype of each precision where logits are read more
+    than once. How 16 and 32 bits are loaded shows in rows of two."""
+    read_again = name in ("softmax", "log_softmax", "score_tokens", "softmax_cross_entropy_with_logits")
+    return classes == "50257" and (name in ELEMENTWISE or read_again and dtype in ("float16", "float32"))
+
+
+ELEMENTWISE = ("sigmoid_cross_entropy_with_logits", "weighted_cross_entropy_with_logits")
+
+
 @pytest.mark.parametrize("name", test_hashes.functions())
 def test_hashes_on_cupy(name, monkeypatch):
-    """Every hash that the CPU has."""
+    """Every hash that the CPU has; in the executor, not those of large inputs that differ from others in time only."""
     monkeypatch.setattr(test_hashes, "nl", Converted())
-    assert test_hashes.hashes([name]) == test_hashes.kept([name])
+    every = test_hashes.kept([name])
+    wanted = every if ON_DEVICE else {key: every[key] for key in every if not takes_long(*key.rsplit(" ", 2))}
+    assert len(wanted) >= 20
+    assert test_hashes.hashes([name], wanted) == wanted
 
 
 @pytest.mark.parametrize("order", [1, 2])
