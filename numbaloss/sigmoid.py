@@ -212,16 +212,17 @@ def _derivatives(upstream, out, labels, logits, pos_weight=None, focal=None, hes
     loss, by_label, by_weight, hess = map(room, (True, "labels" in out, "pos_weight" in out, hessian))
     if logits.size:
         _run(family, operands, focal, target, loss, by_label, by_weight, hess)
-    grads = {"logits": target, "labels": by_label, "pos_weight": by_weight}
-    for name in out:
-        grads[name] = back(grads[name])
+    found, grads = {"logits": target, "labels": by_label, "pos_weight": by_weight}, {}
+    for name, given_out in outs.items():
+        grad = back(found[name])
         if name == "pos_weight":
-            grads[name] = sum_to(grads[name], pos_weight.shape)
-        if outs[name] is None:
-            grads[name] = _check.result(grads[name].astype(dtypes[name], copy=False))
-        elif name != "logits":
-            outs[name][...] = grads[name]
-    grads = {name: outs[name] if outs[name] is not None else grads[name] for name in out}
+            grad = sum_to(grad, pos_weight.shape)
+        if given_out is None:
+            grads[name] = _check.result(grad.astype(dtypes[name], copy=False))
+        else:
+            if name != "logits":
+                given_out[...] = grad
+            grads[name] = given_out
     return back(loss), grads, back(hess) if hessian else None
 
 

@@ -177,6 +177,5 @@ def sum_to(x, shape):
     if rows == 1:
         return totals.total(terms, None, None, None, _check.NO_LABEL, _check.NOTHING).reshape(shape)
     sums, count = xp.empty(rows, x.dtype), math.prod(x.shape[axis] for axis in summed)
-    ones = xp.broadcast_to(xp.asarray(np.ones(())), terms.shape)
-    totals.row_totals(terms.size, rows, terms, ones, count, count, 1, _check.NOTHING, sums, None)
+    totals.row_totals(terms.size, rows, terms, None, count, count, 1, _check.NOTHING, sums, None)
     return sums.reshape(shape)

@@ -3,7 +3,7 @@
 import sys
 
 import numpy as np
-from bench import F, add, row, torch, write
+from bench import F, add, copy, row, torch, write
 
 import numbaloss as nl
 
@@ -29,6 +29,12 @@ def main():
         weighted["torch"] = lambda: binary(a, b, pos_weight=q, reduction="none")
     row(table, "sigmoid CE 2^25 float32", contenders, 3 * x.nbytes)
     row(table, "weighted CE 2^25 float32", weighted, 3 * x.nbytes)
+    both, twice, grad = np.concatenate([x, z]), np.empty(2 * N, np.float32), np.empty_like(x)
+    focal, roof = nl.sigmoid_focal_cross_entropy_with_logits, lambda: copy(both, twice)
+    for loss, name in ((nl.sigmoid_cross_entropy_with_logits, "sigmoid CE"), (focal, "focal loss")):
+        run = nl.value_and_grad(loss)
+        contenders = {"numbaloss": lambda run=run: run(z, x, out=grad), "copy": roof}
+        row(table, f"{name} and its gradient 2^25 float32", contenders, 4 * x.nbytes)
     if "--write" in sys.argv:
         write("sigmoid", table)
 

@@ -31,6 +31,8 @@ FUNCTIONS = {  # of logits, labels, weights, class weights, class probabilities
     "dense mean": lambda x, y, w, c, z: nl.cross_entropy(x, z, weights=w, class_weights=c),
     "sigmoid": lambda x, y, w, c, z: nl.sigmoid_cross_entropy_with_logits(z, x),
     "weighted sigmoid": lambda x, y, w, c, z: nl.weighted_cross_entropy_with_logits(z, x, c),
+    "weighted derivatives": lambda x, y, w, c, z: nl.value_grad_hess(nl.weighted_cross_entropy_with_logits)(z, x, c),
+    "focal": lambda x, y, w, c, z: nl.value_grad_hess(nl.sigmoid_focal_cross_entropy_with_logits)(z, x, alpha=0.25),
     "sequence_loss": lambda x, y, w, c, z: nl.sequence_loss(x[None], y[None], w[None]),
     "sequence_loss by step": lambda x, y, w, c, z: nl.sequence_loss(x[None], y[None], w[None], False),
 }

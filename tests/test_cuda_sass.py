@@ -358,6 +358,19 @@ def test_no_product_and_sum_are_contracted(dtype):
     assert assemble(joined(default))[0] == assemble(joined(rounded))[0]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_focal_loss(dtype):
+    """Its three numbers in place of a pos_weight: no local memory, no float64, nothing contracted."""
+    numbers = types.UniTuple(types.float64, 3)
+    for name in ("_binary_xent", "_binary_grad"):
+        (case,) = cases(dtype, (name,))
+        case = case._replace(signature=(*case.signature[:6], numbers, *case.signature[7:]))
+        cubin, log = assemble(ptx_of(case, "sm_90"))
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
+        assert assemble(ptx_of(case, "sm_90", fma=0))[0] == cubin
+        assert [op for block in basic_blocks(cubin) for op in block if re.match("D(ADD|MUL|FMA)", op)] == []
+
+
 def test_a_contraction_would_be_seen():
     def multiply_add(a, b, c, out):
         _memory.store(out, a * b + c)

@@ -100,9 +100,10 @@ def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals,
             top[:] = 0
             bottom[:] = 0
             for i in range(r * row_step, r * row_step + count * step, step):
-                if weights[i] != 0.0:
-                    add_number(top, np.float64(values[i]) * weights[i])
-                    add_number(bottom, 1.0 if divisor == NONZERO_OR_NONE else weights[i])
+                w = weight_at(weights, i)
+                if w != 0.0:
+                    add_number(top, np.float64(values[i]) * w)
+                    add_number(bottom, 1.0 if divisor == NONZERO_OR_NONE else w)
             below = round_sum(bottom)
             totals[r] = quotient(round_sum(top), below, divisor)
             write(divisors, r, np.inf if below == 0.0 else below)
