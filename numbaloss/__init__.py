@@ -4,6 +4,7 @@ Importing this package imports NumPy alone; Numba and the kernels come with the 
 """
 
 from ._version import __version__
+from .divergence import js_divergence, kl_divergence
 from .grad import value_and_grad
 from .sequence import sequence_loss
 from .sigmoid import sigmoid_cross_entropy_with_logits, weighted_cross_entropy_with_logits
@@ -26,6 +27,8 @@ __all__ = [
     "TokenScores",
     "__version__",
     "cross_entropy",
+    "js_divergence",
+    "kl_divergence",
     "log_softmax",
     "logsumexp",
     "score_tokens",

@@ -126,7 +126,7 @@ def labels(x, shape, name, logits):
     return np.ascontiguousarray(given, np.int64).reshape(-1), given
 
 
-def weights(x, shape, logits, name="weights"):
+def weights(x, shape, logits, name="weights", other="targets"):
     """Weights, one number counting for all; None stays None. NumPy's as float64, one after the other in memory; the
     CUDA kernels read any real numbers where they lie."""
     if x is None:
@@ -134,7 +134,7 @@ def weights(x, shape, logits, name="weights"):
     x = number_array(x, name, logits)
     if x.ndim == 0:
         x = array_module(x).broadcast_to(x, shape)
-    same_shape(x, name, shape, "targets")
+    same_shape(x, name, shape, other)
     return x if is_cupy(x) else np.ascontiguousarray(x, np.float64).reshape(-1)
 
 
@@ -232,19 +232,20 @@ def integer(x, name):
     return value
 
 
-def pieces(*arrays):
+def pieces(*arrays, dtype=None):
     """Rows of arrays that share all axes but the last: [(begin, end, [(like, rows, owner) for each array])].
 
-    `owner` keeps the memory alive. One piece where the kernels can read all arrays in place.
+    `owner` keeps the memory alive. One piece where the kernels can read all arrays in place; where a dtype is given
+    they read copies of that dtype.
     """
     first = arrays[0]
     n = first.size // first.shape[-1] if first.size else 0
     if n == 0:
         return []
     layouts = [_layout(x) for x in arrays]
-    if None not in layouts:
+    if None not in layouts and dtype is None:
         return [(0, n, [(carrier(x.dtype), rows, x) for x, rows in zip(arrays, layouts)])]
-    return _copied_pieces(arrays, n)
+    return _copied_pieces(arrays, n, dtype)
 
 
 def readable(x):
@@ -253,9 +254,10 @@ def readable(x):
     return None if rows is None else (carrier(x.dtype), rows)
 
 
-def _copied_pieces(arrays, n):
+def _copied_pieces(arrays, n, dtype):
     xp = array_module(arrays[0])
-    dtypes = [x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(arrays[0]) for x in arrays]
+    own = [x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(arrays[0]) for x in arrays]
+    dtypes = own if dtype is None else [dtype] * len(arrays)
     step = max(1, PIECE[xp.__name__] // (arrays[0].shape[-1] * arrays[0].itemsize))
     for begin in range(0, n, step):
         end = min(begin + step, n)

@@ -7,6 +7,7 @@ import numpy as np
 
 from . import _check
 from ._backend import array_module, kernels, on_its_device
+from .divergence import _js_grad, _kl_grad, js_divergence, kl_divergence
 from .softmax import (
     _DEFAULT,
     _IGNORED,
@@ -97,6 +98,8 @@ def _sparse_softmax_cross_entropy(upstream, out, labels, logits, name, check_lab
 _GRADIENTS = {
     cross_entropy: (("logits",), _cross_entropy),
     sparse_softmax_cross_entropy_with_logits: (("logits",), _sparse_softmax_cross_entropy),
+    kl_divergence: (("logits_p", "logits_q"), _kl_grad),
+    js_divergence: (("logits_p", "logits_q"), _js_grad),
 }
 
 
