@@ -252,8 +252,8 @@ def log_share(d, a, e):
 
 
 def term(function):
-    """Decorator: a function that compiled code can pass on to compiled code. (Numba would not keep a kernel on disk that
-    passes on a function made by njit, for it holds its address.)"""
+    """Decorator: a function that compiled code can pass on to compiled code. (One made by njit would be passed by its
+    address, and Numba would not keep the kernel on disk.)"""
     compiled = scalar(function)
 
     @wraps(function)
@@ -339,15 +339,15 @@ def slope_of(factor, value, mean, scale):
 
 
 @scalar
-def settled(total, change, curvature, frame):
-    """A divergence from the sum of its terms: a frame that is off by z makes it curvature * z^2 too large, and the sum
-    of changes z. NaN for rows without a softmax."""
+def settled(total, change, curvature, high):
+    """A divergence from the sum of its terms. If the difference of the two sums in the frame is off by z, the sum of
+    changes is z and the divergence curvature * z^2 too large. NaN for rows without a softmax."""
     value = at_least(fma(-curvature * change, change, total), 0.0)
-    return select(abs(frame[0]) < number(frame[0], np.inf), value, np.nan)
+    return select(abs(high) < number(high, np.inf), value, np.nan)
 
 
 @scalar
-def slope_scale(scale, mean, frame):
+def slope_scale(scale, mean, high):
     """The factor of a row of slopes: NaN for rows without a softmax, or where the divergence is infinite."""
-    defined = select(abs(frame[0]) < number(frame[0], np.inf), abs(mean) < np.inf, False)
-    return number(frame[0], select(defined, scale, np.nan))
+    defined = select(abs(high) < number(high, np.inf), abs(mean) < np.inf, False)
+    return number(high, select(defined, scale, np.nan))

@@ -4,6 +4,7 @@ without a GPU. Anything that would ask a driver raises.
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import struct
 import sys
@@ -16,8 +17,8 @@ import simt
 from numba import njit
 from simt import MEMORY, scalar_twin, twin
 
-from numbaloss import _check, _scalar, _typed, _vector
-from numbaloss.cuda import _launch, _memory
+from numbaloss import _check, _divergence_scalar, _scalar, _typed, _vector
+from numbaloss.cuda import _launch, _memory, divergence
 from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
 DTYPES = {np.int16: np.dtype(np.int16), np.uint16: np.dtype(np.uint16)}
@@ -258,7 +259,7 @@ def load_part(like, address, stride, position, begin, end, team):
     steps = far(like, team)
     for k, step in enumerate(steps):
         first = position + steps[k // n * n]
-        if stride == dtype.itemsize and begin <= first <= end - n:
+        if stride == dtype.itemsize and address % 16 == 0 and begin <= first <= end - n:
             if k % n == 0:
                 result[k : k + n] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
         elif begin <= position + step < end:
@@ -475,3 +476,53 @@ each_item(_typed.tanh_slope)
 @twin(_vector.most_bits_of)
 def most_bits_of(v):
     return v[np.argmax(v.view(np.int32))]
+
+
+# -- divergences: what takes a term, one of the functions below, or a tuple ----------------------------------------
+
+for _name, _term in vars(_divergence_scalar).items():
+    if _name.endswith(("_term", "_slope")):
+        twin(_term)(_term)
+
+
+@functools.cache
+def _of_term(term):
+    """(accumulate, slopes) for arrays."""
+
+    @njit(error_model="numpy")
+    def accumulate(x, y, frame, total):
+        for i in range(x.size):
+            factor, value = term(x[i], y[i], frame)
+            total[i] = _scalar.fma(factor, value, total[i])
+
+    @njit(error_model="numpy")
+    def slopes(x, y, frame, mean, scale, out):
+        for i in range(x.size):
+            factor, value = term(x[i], y[i], frame)
+            out[i] = _divergence_scalar.slope_of(factor, value, mean, scale)
+
+    return accumulate, slopes
+
+
+@twin(divergence.accumulate)
+def accumulate(term, total, x, y, frame):
+    total = total.copy()
+    _of_term(term)[0](x, y, frame, total)
+    return total
+
+
+@twin(divergence.slopes)
+def slopes(term, x, y, frame, mean, scale):
+    out = np.empty_like(x)
+    _of_term(term)[1](x, y, frame, mean, scale, out)
+    return out
+
+
+@twin(_divergence_scalar.two_frames)
+def two_frames(p, q, shift):
+    return tuple(map(type(p[0]), _divergence_scalar.two_frames(p, q, shift)))
+
+
+@twin(_divergence_scalar.number)
+def number(like, c):
+    return type(like)(c)

@@ -28,7 +28,7 @@ pytest.importorskip("numbaloss.cuda", exc_type=ImportError)  # its message says 
 from numba.cuda.cudadrv import nvvm  # noqa: E402
 from numba.cuda.np.numpy_support import as_dtype  # noqa: E402
 
-from numbaloss.cuda import _launch, _memory, sigmoid, softmax, totals  # noqa: E402
+from numbaloss.cuda import _launch, _memory, divergence, sigmoid, softmax, totals  # noqa: E402
 
 
 def tool(name):
@@ -69,6 +69,9 @@ def signatures(like, rows):
         "_normalize": (I64, like, rows, I64, I64),
         "_dense_xent": (I64, like, rows, like, ROWS, I64, OPERAND, I64),
         "_binary_xent": (I64, like, ROWS, like, ROWS, like, ROWS, I64),
+        "_divergence": (I64, like, rows, rows, OPERAND, I64, I64, I64),
+        "_kl_grad": (I64, like, rows, rows, OPERAND, I64, I64, like, rows, like, rows),
+        "_js_grad": (I64, like, rows, rows, OPERAND, I64, I64, like, rows, like, rows),
         "_total": (I64, like, I64, *factors, I64, I64),
         "_row_totals": (I64, like, I64, OPERAND, I64, I64, I64, I64, I64),
         "_scale": (I64, like, I64, *factors),
@@ -82,7 +85,7 @@ def kernels_of(*modules):
     return {k: v for module in modules for k, v in vars(module).items() if isinstance(v, _launch.Kernel)}
 
 
-KERNELS = kernels_of(softmax, sigmoid, totals)
+KERNELS = kernels_of(softmax, sigmoid, totals, divergence)
 
 
 class Case(NamedTuple):

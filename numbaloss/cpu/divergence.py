@@ -46,9 +46,9 @@ def _divergence(blocks, like, rows_p, rows_q, count, weights, kl, reverse, js):
             if not weight_is_zero(r, weights):
                 frame = two_frames(row_sum(like, rows_p, r, rooms), row_sum(like, rows_q, r, rooms), 0.0)
                 sums = row_sums(like, rows, r, frame, kl, reverse, js, rooms)
-                write(kl, r, settled(sums[1], sums[0], 0.5, frame))
-                write(reverse, r, settled(sums[2], sums[0], 0.5, frame))
-                write(js, r, min(settled(sums[3], sums[0], 0.125, frame), LN2))
+                write(kl, r, settled(sums[1], sums[0], 0.5, frame[0]))
+                write(reverse, r, settled(sums[2], sums[0], 0.5, frame[0]))
+                write(js, r, min(settled(sums[3], sums[0], 0.125, frame[0]), LN2))
 
 
 divergence = Kernel(_divergence)
@@ -148,10 +148,10 @@ def _kl_grad(blocks, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p,
                 p, q = row_sum(like, rows_p, r, rooms), row_sum(like, rows_q, r, rooms)
                 frame = two_frames(p, q, 0.0)
                 sums = row_sums(like, rows, r, frame, loss, None, None, rooms)
-                loss[r] = settled(sums[1], sums[0], 0.5, frame)
+                loss[r] = settled(sums[1], sums[0], 0.5, frame[0])
                 frame = two_frames(p, q, sums[0])
                 mean = row_mean(kl_slope, like_p, like, rows, r, frame, rooms)
-                one, two = slope_scale(scale[r], mean, frame), slope_scale(scale[r], 0.0, frame)
+                one, two = slope_scale(scale[r], mean, frame[0]), slope_scale(scale[r], 0.0, frame[0])
                 write_slopes(
                     kl_slope,
                     mean,
@@ -187,11 +187,11 @@ def _js_grad(blocks, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p,
                 p, q = row_sum(like, rows_p, r, rooms), row_sum(like, rows_q, r, rooms)
                 frame = two_frames(p, q, 0.0)
                 sums = row_sums(like, rows, r, frame, None, None, loss, rooms)
-                loss[r] = min(settled(sums[3], sums[0], 0.125, frame), LN2)
+                loss[r] = min(settled(sums[3], sums[0], 0.125, frame[0]), LN2)
                 frame = two_frames(p, q, sums[0])
                 mean_p = row_mean(js_slope, like_p, like, rows, r, frame, rooms)
                 mean_q = row_mean(js_reverse_slope, like_q, like, rows, r, frame, rooms)
-                factor = slope_scale(scale[r], 0.0, frame)
+                factor = slope_scale(scale[r], 0.0, frame[0])
                 write_slopes(
                     js_slope,
                     mean_p,
