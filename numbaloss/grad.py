@@ -26,7 +26,8 @@ def value_and_grad(loss, wrt="logits"):
     gradient written once. The target's entry comes without cancellation: it is right relatively, however small.
 
     Args:
-        loss: numbaloss.cross_entropy (with integer targets) or sparse_softmax_cross_entropy_with_logits.
+        loss: numbaloss.cross_entropy (with integer targets), sparse_softmax_cross_entropy_with_logits, kl_divergence or
+            js_divergence.
         wrt: an argument's name, or a tuple of names: what the loss is differentiated by.
         upstream: real numbers that broadcast to the loss: the gradient is that of sum(upstream * loss).
         out: where the gradient goes, of the argument's shape and dtype (or float32 for 16 bits); for a tuple of names a

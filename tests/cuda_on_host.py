@@ -487,7 +487,7 @@ for _name, _term in vars(_divergence_scalar).items():
 
 @functools.cache
 def _of_term(term):
-    """(accumulate, slopes) for arrays."""
+    """(accumulate for arrays, entry)."""
 
     @njit(error_model="numpy")
     def accumulate(x, y, frame, total):
@@ -495,13 +495,7 @@ def _of_term(term):
             factor, value = term(x[i], y[i], frame)
             total[i] = _scalar.fma(factor, value, total[i])
 
-    @njit(error_model="numpy")
-    def slopes(x, y, frame, mean, scale, out):
-        for i in range(x.size):
-            factor, value = term(x[i], y[i], frame)
-            out[i] = _divergence_scalar.slope_of(factor, value, mean, scale)
-
-    return accumulate, slopes
+    return accumulate, njit(lambda *args: divergence.entry(term, *args))
 
 
 @twin(divergence.accumulate)
@@ -511,11 +505,9 @@ def accumulate(term, total, x, y, frame):
     return total
 
 
-@twin(divergence.slopes)
-def slopes(term, x, y, frame, mean, scale):
-    out = np.empty_like(x)
-    _of_term(term)[1](x, y, frame, mean, scale, out)
-    return out
+@twin(divergence.entry)
+def entry(term, x, y, frame, mean, scale):
+    return type(x)(_of_term(term)[1](x, y, frame, float(mean), scale))
 
 
 @twin(_divergence_scalar.two_frames)

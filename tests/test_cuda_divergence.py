@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from common import DTYPES, LAYOUTS, assert_same_bits, make_logits
+from common import DTYPES, assert_same_bits, make_logits
 
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")

@@ -21,24 +21,33 @@ from .._divergence_scalar import (
     two_frames,
 )
 from .._scalar import CHUNK, LANES, fma
-from .._typed import as_result, compute_zero, item_size
+from .._typed import as_result, compute_zero, item_size, widen
 from ._chunks import WARP, first_position, fold_lanes, load_step
 from ._launch import cuda, device, kernel, launch
-from ._memory import halves, join, load, load_part, store, store_part, zeros
+from ._memory import halves, join, load, load_part, store, store_item, zeros
 from ._operands import address, operand, weight_at, with_known_stride
 from ._rows import PARTS, class_stride, row_address, team_of
 from .softmax import THREADS, leave_largest_out, teams
 
-AT_ONCE = 4  # items of a Vector that are in work at the same time, as registers allow
+AT_ONCE = 2  # items of a Vector that are in work at the same time, as registers allow
+
+inlined = cuda.jit(device=True, forceinline=True)  # what is called too often for NVVM to do it unasked
 
 
 def divergence(work, items, like, rows_p, rows_q, count, weights, kl, reverse, js):
     """kl[r] = KL(p || q), reverse[r] = KL(q || p), js[r] = Jensen-Shannon, each an array or None; 0 for a row of weight
     0."""
     out = next(x for x in (kl, reverse, js) if x is not None)
-    rows_p, rows_q = with_known_stride(like, rows_p), with_known_stride(like, rows_q)
+    rows_p, rows_q = known_alike(like, rows_p, rows_q)
     arguments = operand(weights), address(kl), address(reverse), address(js)
     return launch(_divergence.of(like), *teams(items, rows_p[5]), out, items, like, rows_p, rows_q, *arguments)
+
+
+def known_alike(like, rows_p, rows_q):
+    """Both rows by with_known_stride, or none."""
+    if rows_p[4] != rows_q[4]:
+        return rows_p, rows_q
+    return with_known_stride(like, rows_p), with_known_stride(like, rows_q)
 
 
 @kernel(THREADS)
@@ -51,8 +60,7 @@ def _divergence(items, like, rows_p, rows_q, weights, kl, reverse, js):
     first = warp == 0 and cuda.laneid == 0
     value_kl, value_reverse, value_js = 0.0, 0.0, 0.0
     if weight_at(weights, r) != 0.0:
-        p = leave_largest_out(like, rows_p, row_address(rows_p, r), room)
-        q = leave_largest_out(like, rows_q, row_address(rows_q, r), room)
+        p, q = row_sums(like, rows_p, rows_q, r, room)
         frame = two_frames(p, q, 0.0)
         change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
         if kl != 0:
@@ -70,13 +78,23 @@ def _divergence(items, like, rows_p, rows_q, weights, kl, reverse, js):
 
 
 @device
+def row_sums(like, rows_p, rows_q, r, room):
+    """leave_largest_out of rows r. One call in a loop: two would not be inlined and give their results on the stack."""
+    rows, p, q = rows_p, (compute_zero(like), 0.0, 0.0), (compute_zero(like), 0.0, 0.0)
+    for _ in range(2):
+        p, q = q, leave_largest_out(like, rows, row_address(rows, r), room)
+        rows = rows_q
+    return p, q
+
+
+@device
 def put(like, array, r, value):
     """array[r] = value, where there is an array."""
     if array != 0:
         store(array + r * item_size(compute_zero(like)), as_result(like, value))
 
 
-@device
+@inlined
 def row_total(term, like, rows_p, rows_q, r, frame, room):
     """The sum of a term over rows r, chunk by chunk from left to right."""
     _, warp, warps = team_of(rows_p[5])
@@ -98,16 +116,49 @@ def row_total(term, like, rows_p, rows_q, r, frame, room):
     return total
 
 
-@device
+@inlined
 def chunk_total(term, like, rows_p, rows_q, r, begin, frame):
-    """The sum of a term over the chunk from class `begin` on."""
+    """The sum of a term over the chunk from class `begin` on, a quarter of each Vector after the other: lanes, logits
+    and terms of a whole one do not fit the registers."""
+    a = lanes_total(term, first_quarter, like, rows_p, rows_q, r, begin, frame)
+    b = lanes_total(term, second_quarter, like, rows_p, rows_q, r, begin, frame)
+    c = lanes_total(term, third_quarter, like, rows_p, rows_q, r, begin, frame)
+    d = lanes_total(term, last_quarter, like, rows_p, rows_q, r, begin, frame)
+    return fold_lanes(like, join(join(a, b), join(c, d)), WARP)
+
+
+@inlined
+def lanes_total(term, part, like, rows_p, rows_q, r, begin, frame):
+    """A part of this thread's lanes, summed over a chunk."""
     at_p, at_q, before, alike = first_pair(like, rows_p, rows_q, r, begin)
     end = np.int32(before + min(np.int64(CHUNK), rows_p[5] - begin))
-    total = zeros(like)
+    total = part(zeros(like))
     for p in range(np.int32(0), end, np.int32(LANES)):
         x, y = load_pair(like, rows_p, at_p, rows_q, at_q, p, before, end, alike)
-        total = accumulate(term, total, x, y, frame)
-    return fold_lanes(like, total, WARP)
+        total = accumulate(term, total, part(x), part(y), frame)
+    return total
+
+
+def first_quarter(v):
+    return halves(halves(v)[0])[0]
+
+
+def second_quarter(v):
+    return halves(halves(v)[0])[1]
+
+
+def third_quarter(v):
+    return halves(halves(v)[1])[0]
+
+
+def last_quarter(v):
+    return halves(halves(v)[1])[1]
+
+
+overload(first_quarter)(lambda v: first_quarter)
+overload(second_quarter)(lambda v: second_quarter)
+overload(third_quarter)(lambda v: third_quarter)
+overload(last_quarter)(lambda v: last_quarter)
 
 
 @device
@@ -180,7 +231,7 @@ def place_of(like, like_grad, rows):
 
 
 def start(kernel, items, like, rows_p, rows_q, weights, scale, loss, grads):
-    rows_p, rows_q = with_known_stride(like, rows_p), with_known_stride(like, rows_q)
+    rows_p, rows_q = known_alike(like, rows_p, rows_q)
     arguments = like, rows_p, rows_q, operand(weights), address(scale), address(loss), *grads
     return launch(kernel.of(like), *teams(items, rows_p[5]), loss, items, *arguments)
 
@@ -196,8 +247,7 @@ def _kl_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean, factor_p, factor_q, looked_at = 0.0, 0.0, zero, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p = leave_largest_out(like, rows_p, row_address(rows_p, r), room)
-        q = leave_largest_out(like, rows_q, row_address(rows_q, r), room)
+        p, q = row_sums(like, rows_p, rows_q, r, room)
         frame = two_frames(p, q, 0.0)
         change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
         value = settled(row_total(kl_term, like, rows_p, rows_q, r, frame, room), change, 0.5, frame[0])
@@ -239,8 +289,7 @@ def _js_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean_p, mean_q, factor, looked_at = 0.0, 0.0, 0.0, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p = leave_largest_out(like, rows_p, row_address(rows_p, r), room)
-        q = leave_largest_out(like, rows_q, row_address(rows_q, r), room)
+        p, q = row_sums(like, rows_p, rows_q, r, room)
         frame = two_frames(p, q, 0.0)
         change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
         total = row_total(js_term, like, rows_p, rows_q, r, frame, room)
@@ -292,49 +341,30 @@ def write_slopes(
     like_q,
     grad_q,
 ):
-    """Rows r of the gradients, zeros if the row is not looked at. A thread reads both rows before it writes."""
+    """Rows r of the gradients, zeros if the row is not looked at. A thread reads both logits before it writes."""
     _, warp, warps = team_of(rows_p[5])
-    at_p, at_q, begin, alike = first_pair(like, rows_p, rows_q, r, np.int64(0))
-    end, k = begin + rows_p[5], np.int64(warp) * LANES
-    while k < end:
-        near = np.int32(min(end - k, np.int64(LANES)))  # positions from k on, which may lie beyond 32 bits
-        before = np.int32(begin) if k == 0 else np.int32(0)
-        from_p, from_q = at_p + k * class_stride(like, rows_p), at_q + k * class_stride(like, rows_q)
-        x, y = zeros(like), zeros(like)
+    at_p, at_q = row_address(rows_p, r), row_address(rows_q, r)
+    to_p, to_q = row_address(grad_p, r), row_address(grad_q, r)
+    for j in range(warp * 32 + cuda.laneid, rows_p[5], warps * 32):
+        g, h = compute_zero(like), compute_zero(like)
         if looked_at:
-            x, y = load_pair(like, rows_p, from_p, rows_q, from_q, np.int32(0), before, near, alike)
-        put_slopes(term_p, mean_p, scale_p, like, x, y, frame, looked_at, like_p, grad_p, r, k - begin, before, near)
-        put_slopes(term_q, mean_q, scale_q, like, x, y, frame, looked_at, like_q, grad_q, r, k - begin, before, near)
-        k += warps * LANES
+            x = widen(load(like, at_p + j * class_stride(like, rows_p)))
+            y = widen(load(like, at_q + j * class_stride(like, rows_q)))
+            g, h = entry(term_p, x, y, frame, mean_p, scale_p), entry(term_q, x, y, frame, mean_q, scale_q)
+        if grad_p[0] != 0:
+            store_item(like_p, to_p + j * class_stride(like_p, grad_p), g)
+        if grad_q[0] != 0:
+            store_item(like_q, to_q + j * class_stride(like_q, grad_q), h)
 
 
-@device
-def put_slopes(term, mean, scale, like, x, y, frame, looked_at, like_grad, grad, r, k, before, near):
-    """This thread's entries of a gradient among positions from class k on, unless its address is 0."""
-    if grad[0] != 0:
-        stride, position = class_stride(like_grad, grad), np.int32(cuda.laneid * (16 // item_size(like)))
-        g = zeros(like)
-        if looked_at:
-            g = slopes(term, x, y, frame, number(frame[0], mean), scale)
-        store_part(like, like_grad, row_address(grad, r) + (k + position) * stride, stride, position, before, near, g)
+def entry(term, x, y, frame, mean, scale):
+    """slope_of factor and value, as the term gives them."""
 
 
-def slopes(term, x, y, frame, mean, scale):
-    """slope_of factor and value, as the term gives them; vectors."""
-
-
-@overload(slopes)
-def _slopes(term, x, y, frame, mean, scale):
-    if getattr(x, "width", 1) > AT_ONCE:
-
-        def slopes_of_halves(term, x, y, frame, mean, scale):
-            (x1, x2), (y1, y2) = halves(x), halves(y)
-            return join(slopes(term, x1, y1, frame, mean, scale), slopes(term, x2, y2, frame, mean, scale))
-
-        return slopes_of_halves
-
-    def slopes_of_all(term, x, y, frame, mean, scale):
+@overload(entry)
+def _entry(term, x, y, frame, mean, scale):
+    def slope(term, x, y, frame, mean, scale):
         factor, value = term(x, y, frame)
-        return slope_of(factor, value, mean, scale)
+        return slope_of(factor, value, number(frame[0], mean), scale)
 
-    return slopes_of_all
+    return slope
