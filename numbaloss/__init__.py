@@ -4,6 +4,7 @@ Importing this package imports NumPy alone; Numba and the kernels come with the 
 """
 
 from ._version import __version__
+from .divergence import js_divergence, kl_divergence
 from .grad import value_and_grad, value_grad_hess
 from .sequence import sequence_loss
 from .sigmoid import (
@@ -32,6 +33,8 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "focal_loss",
+    "js_divergence",
+    "kl_divergence",
     "log_softmax",
     "logsumexp",
     "score_tokens",

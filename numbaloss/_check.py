@@ -129,7 +129,7 @@ def labels(x, shape, name, logits):
     return np.ascontiguousarray(given, np.int64).reshape(-1), given
 
 
-def weights(x, shape, logits, name="weights"):
+def weights(x, shape, logits, name="weights", other="targets"):
     """Weights, one number counting for all; None stays None. NumPy's as float64, one after the other in memory; the
     CUDA kernels read any real numbers where they lie."""
     if x is None:
@@ -137,7 +137,7 @@ def weights(x, shape, logits, name="weights"):
     x = number_array(x, name, logits)
     if x.ndim == 0:
         x = array_module(x).broadcast_to(x, shape)
-    same_shape(x, name, shape, "targets")
+    same_shape(x, name, shape, other)
     return x if is_cupy(x) else np.ascontiguousarray(x, np.float64).reshape(-1)
 
 
@@ -270,35 +270,36 @@ def real(x, name, low, high=math.inf, above=False):
     return value
 
 
-def pieces(*arrays, prepare=None):
+def pieces(*arrays, prepare=None, dtype=None):
     """Rows of arrays that share all axes but the last: [(begin, end, [(like, rows, owner) for each array])].
 
     `owner` keeps the memory alive. One piece where the kernels can read all arrays in place; else pieces of PIECE
-    bytes, what cannot be read being copied. `prepare`, if given, makes the first array from each piece of it.
+    bytes, what cannot be read, or is not of `dtype`, being copied. `prepare` makes the first array from each piece of
+    it.
     """
     if arrays[0].size == 0:
         return []
     layouts = [_layout(x) for x in arrays]
-    if prepare is not None or None in layouts:
-        return _prepared_pieces(arrays, prepare)
+    if prepare is not None or dtype is not None or None in layouts:
+        return _prepared_pieces(arrays, prepare, dtype)
     whole = [(carrier(x.dtype), rows, x) for x, rows in zip(arrays, layouts)]
     return [(0, arrays[0].size // arrays[0].shape[-1], whole)]
 
 
-def _prepared_pieces(arrays, prepare):
+def _prepared_pieces(arrays, prepare, dtype):
     for begin, end, index in blocks(arrays[0]):
-        parts = [_in_reach(x[index], arrays[0]) for x in arrays]
+        parts = [_in_reach(x[index], arrays[0], dtype) for x in arrays]
         if prepare is not None:
             parts[0] = prepare(parts[0])
         yield begin, end, [(carrier(x.dtype), _layout(x), x) for x in parts]
 
 
-def _in_reach(x, logits):
-    """x, or a copy that the kernels can read."""
-    if _layout(x) is not None:
+def _in_reach(x, logits, dtype):
+    """x, or a copy that the kernels can read, of this dtype unless it is None."""
+    if _layout(x) is not None and (dtype is None or x.dtype == dtype):
         return x
-    dtype = x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(logits)
-    return x.astype(dtype, order="C")
+    own = x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(logits)
+    return x.astype(dtype or own, order="C")
 
 
 def blocks(x, begin=0, index=()):

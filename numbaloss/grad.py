@@ -5,6 +5,7 @@ from functools import wraps
 
 from . import _check, _xent
 from ._backend import array_module, kernels, on_its_device
+from .divergence import _js_grad, _kl_grad, js_divergence, kl_divergence
 from .sequence import _for_steps, _sequence_rows, sequence_loss
 from .sequence import _reduced as _reduced_sequence
 from .sigmoid import (
@@ -226,6 +227,8 @@ _GRADIENTS = {
     sigmoid_cross_entropy_with_logits: (("logits", "labels"), _sigmoid_grad),
     weighted_cross_entropy_with_logits: (("logits", "labels", "pos_weight"), _weighted_grad),
     sigmoid_focal_cross_entropy_with_logits: (("logits", "labels"), _focal_grad),
+    kl_divergence: (("logits_p", "logits_q"), _kl_grad),
+    js_divergence: (("logits_p", "logits_q"), _js_grad),
 }
 
 

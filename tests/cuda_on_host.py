@@ -4,6 +4,7 @@ without a GPU. Anything that would ask a driver raises.
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import struct
 import sys
@@ -16,8 +17,8 @@ import simt
 from numba import njit
 from simt import MEMORY, scalar_twin, twin
 
-from numbaloss import _check, _scalar, _typed, _vector
-from numbaloss.cuda import _launch, _memory
+from numbaloss import _check, _divergence_scalar, _scalar, _typed, _vector
+from numbaloss.cuda import _launch, _memory, divergence
 from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
 DTYPES = {np.int16: np.dtype(np.int16), np.uint16: np.dtype(np.uint16)}
@@ -266,7 +267,7 @@ def load_part(like, address, stride, position, begin, end, team):
     dtype = dtype_of(like)
     result = np.full(WIDTH, -np.inf, precision(like))
     for k, step, count in neighbours(like, position, begin, end, team):
-        if stride == dtype.itemsize and count == per_load(like):
+        if stride == dtype.itemsize and address % 16 == 0 and count == per_load(like):
             result[k : k + count] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
         else:
             for i in range(count):
@@ -497,3 +498,45 @@ each_item(_typed.tanh_slope)
 @twin(_vector.most_bits_of)
 def most_bits_of(v):
     return v[np.argmax(v.view(np.int32))]
+
+
+# -- divergences: what takes a term, one of the functions below, or a tuple ----------------------------------------
+
+for _name, _term in vars(_divergence_scalar).items():
+    if _name.endswith(("_term", "_slope")):
+        twin(_term)(_term)
+
+
+@functools.cache
+def _of_term(term):
+    """(accumulate for arrays, entry)."""
+
+    @njit(error_model="numpy")
+    def accumulate(x, y, frame, total):
+        for i in range(x.size):
+            factor, value = term(x[i], y[i], frame)
+            total[i] = _scalar.fma(factor, value, total[i])
+
+    return accumulate, njit(lambda *args: divergence.entry(term, *args))
+
+
+@twin(divergence.accumulate)
+def accumulate(term, total, x, y, frame):
+    total = total.copy()
+    _of_term(term)[0](x, y, frame, total)
+    return total
+
+
+@twin(divergence.entry)
+def entry(term, x, y, frame, mean, scale):
+    return type(x)(_of_term(term)[1](x, y, frame, float(mean), scale))
+
+
+@twin(_divergence_scalar.two_frames)
+def two_frames(p, q, shift):
+    return tuple(map(type(p[0]), _divergence_scalar.two_frames(p, q, shift)))
+
+
+@twin(_divergence_scalar.number)
+def number(like, c):
+    return type(like)(c)

@@ -27,7 +27,7 @@ pytest.importorskip("numbaloss.cuda", exc_type=ImportError)  # its message says 
 from numba.cuda.cudadrv import nvvm  # noqa: E402
 from numba.cuda.np.numpy_support import as_dtype  # noqa: E402
 
-from numbaloss.cuda import _launch, _memory, dense, elements, sigmoid, softmax, totals  # noqa: E402
+from numbaloss.cuda import _launch, _memory, dense, divergence, elements, sigmoid, softmax, totals  # noqa: E402
 
 
 def tool(name):
@@ -78,6 +78,9 @@ def signatures(like, rows):
         "_uncap": (I64, I64, like, ROWS, cap, like, ROWS),
         "_binary_xent": (I64, like, ROWS, like, ROWS, like, ROWS, I64),
         "_binary_grad": (I64, like, ROWS, like, ROWS, like, ROWS, like, ROWS, I64, like, ROWS, I64, I64, I64),
+        "_divergence": (I64, like, rows, rows, OPERAND, I64, I64, I64),
+        "_kl_grad": (I64, like, rows, rows, OPERAND, I64, I64, like, rows, like, rows),
+        "_js_grad": (I64, like, rows, rows, OPERAND, I64, I64, like, rows, like, rows),
         "_total": (I64, like, I64, *factors, I64, I64),
         "_row_totals": (I64, like, I64, OPERAND, I64, I64, I64, I64, I64, I64),
         "_scale": (I64, like, I64, *factors),
@@ -94,7 +97,7 @@ def kernels_of(*modules):
     return {k: v for module in modules for k, v in vars(module).items() if isinstance(v, _launch.Kernel)}
 
 
-KERNELS = kernels_of(softmax, dense, elements, sigmoid, totals)
+KERNELS = kernels_of(softmax, dense, divergence, elements, sigmoid, totals)
 KERNELS |= {f"{name} of one": KERNELS[name] for name in ("_dense_xent", "_dense_xent_grad")}
 OF_RESULTS = {*kernels_of(totals), "_label_slopes"}  # float32 or float64
 

@@ -201,7 +201,8 @@ def load_vector(typingctx, like, address, team):
 @intrinsic
 def load_part(typingctx, like, address, stride, position, begin, end, team):
     """As load_vector for items `stride` bytes apart, the first at this position of its row. Items at positions outside
-    of [begin, end) are -inf and are not touched; `begin` is less than a load. A load whose items are all inside is one.
+    of [begin, end) are -inf and are not touched; `begin` is less than a load. A load whose items are all inside is one,
+    if it is at 16 bytes.
 
     Items are put together as they lie in memory and widened at the end, so that no load waits for another.
     """
@@ -211,6 +212,8 @@ def load_part(typingctx, like, address, stride, position, begin, end, team):
     def codegen(context, builder, sig, args):
         _, address, stride, position, begin, end, team = args
         close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
+        aligned = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, 15)), ir.Constant(_I64, 0))
+        close = builder.and_(close, aligned)
         low_item = ir.Constant(_item(like), low)
         low_words = _words(builder, _pack(builder, [low_item] * n, ir.VectorType(_item(like), n)))
         step = builder.mul(team, _c32(n))
