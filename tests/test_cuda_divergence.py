@@ -65,3 +65,34 @@ def test_classes(classes, dtype):
     check(all_three, p, q)
     for loss in (nl.kl_divergence, nl.js_divergence):
         check(gradients(loss), p, q)
+
+
+@pytest.mark.parametrize("classes", [37, 1030])
+def test_rows_that_lie_apart(classes):
+    """Views whose rows begin at other places within 16 bytes, strides, weights, NaN, infinities."""
+    p, q = two(4, classes + 3, np.float32)
+    p[0, 5] = q[1, 6] = p[2, 7] = q[2, 7] = -INF
+    p[3, 8] = NAN
+    for x, y in ((p[:, 3:], q[:, :-3]), (p[:, :-3], np.asfortranarray(q[:, 3:])), (p[:, ::-1], q)):
+        check(all_three, x, y)
+        for loss in (nl.kl_divergence, nl.js_divergence):
+            check(gradients(loss), x, y, weights=np.array([1, 2, 0.5, 0]))
+    check(nl.js_divergence, p, q, weights=np.array([1, 2, 0.5, 0]))
+
+
+def test_mixed_arrays():
+    p = make_logits(2, 5)
+    with pytest.raises(TypeError, match="logits_q: expected a CuPy array as logits_p is, got a NumPy array"):
+        nl.kl_divergence(host.to_cupy(p), p)
+
+
+def test_twins_share_names():
+    """test_cuda.py asks this of the other families."""
+    import inspect
+
+    from numbaloss.cpu import divergence as cpu
+    from numbaloss.cuda import divergence as cuda
+
+    for name in ("divergence", "kl_grad", "js_grad"):
+        ours = list(inspect.signature(vars(cpu)[name].function).parameters)[1:]
+        assert ours == list(inspect.signature(vars(cuda)[name]).parameters)[2:], name

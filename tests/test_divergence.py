@@ -159,7 +159,7 @@ def test_weight_zero_is_not_looked_at():
         each = loss(p, q, reduction="none")
         assert np.isnan(each[1]) and np.isfinite(each[[0, 2]]).all()
         weighted = loss(p, q, weights=weights, reduction="none")
-        assert_same_bits(weighted, np.array([each[0], 0, np.float32(np.float64(each[2]) * 3)]))
+        assert_same_bits(weighted, np.array([each[0], 0, np.float64(each[2]) * 3], np.float32))
         total = np.float64(each[0]) + 3 * np.float64(each[2])
         assert loss(p, q, weights=weights, reduction="sum") == np.float32(total)
         assert loss(p, q, weights=weights) == np.float32(total / 4)

@@ -36,8 +36,8 @@ SUMS_BYTES = 4 * TILE_BYTES
 def _divergence(blocks, like, rows_p, rows_q, count, weights, kl, reverse, js):
     """kl[r] = KL(p || q), reverse[r] = KL(q || p), js[r] = Jensen-Shannon, each an array or None; 0 for a row of weight
     0. Rows are read from memory once and then from the cache."""
-    rows = rows_p, rows_q
     for block in prange(blocks):
+        rows = rows_p, rows_q  # a parallel loop takes no tuple of tuples from outside
         rooms = stack(SUMS_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * count // blocks, (block + 1) * count // blocks):
             write(kl, r, 0.0)
@@ -138,8 +138,9 @@ def add(term, x, y, frame, at):
 def _kl_grad(blocks, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, like_q, grad_q):
     """loss[r] = KL(p || q), and rows r of grad_p and grad_q = scale[r] times its slopes. Either may be None, with its
     `like`; they may be the logits' memory. Zeros for rows of weight 0."""
-    rows, count = (rows_p, rows_q), loss.size
+    count = loss.size
     for block in prange(blocks):
+        rows = rows_p, rows_q
         rooms = stack(SUMS_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * count // blocks, (block + 1) * count // blocks):
             loss[r] = 0
@@ -177,8 +178,9 @@ kl_grad = Kernel(_kl_grad)
 
 def _js_grad(blocks, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, like_q, grad_q):
     """As kl_grad for the Jensen-Shannon divergence."""
-    rows, count = (rows_p, rows_q), loss.size
+    count = loss.size
     for block in prange(blocks):
+        rows = rows_p, rows_q
         rooms = stack(SUMS_BYTES), stack(TILE_BYTES), stack(TILE_BYTES)
         for r in range(block * count // blocks, (block + 1) * count // blocks):
             loss[r] = 0

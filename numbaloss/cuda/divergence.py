@@ -58,23 +58,23 @@ def _divergence(items, like, rows_p, rows_q, weights, kl, reverse, js):
     if r >= items:
         return
     first = warp == 0 and cuda.laneid == 0
-    value_kl, value_reverse, value_js = 0.0, 0.0, 0.0
-    if weight_at(weights, r) != 0.0:
-        p, q = row_sums(like, rows_p, rows_q, r, room)
-        frame = two_frames(p, q, 0.0)
-        change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
-        if kl != 0:
-            value_kl = settled(row_total(kl_term, like, rows_p, rows_q, r, frame, room), change, 0.5, frame[0])
-        if reverse != 0:
-            total = row_total(reverse_term, like, rows_p, rows_q, r, frame, room)
-            value_reverse = settled(total, change, 0.5, frame[0])
-        if js != 0:
-            total = row_total(js_term, like, rows_p, rows_q, r, frame, room)
-            value_js = min(settled(total, change, 0.125, frame[0]), LN2)
-    if first:
-        put(like, kl, r, value_kl)
-        put(like, reverse, r, value_reverse)
-        put(like, js, r, value_js)
+    if weight_at(weights, r) == 0.0:
+        put(like, kl, r, 0.0, first)
+        put(like, reverse, r, 0.0, first)
+        put(like, js, r, 0.0, first)
+        return
+    p, q = row_sums(like, rows_p, rows_q, r, room)
+    frame = two_frames(p, q, 0.0)
+    change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
+    if kl != 0:
+        total = row_total(kl_term, like, rows_p, rows_q, r, frame, room)
+        put(like, kl, r, settled(total, change, 0.5, frame[0]), first)
+    if reverse != 0:
+        total = row_total(reverse_term, like, rows_p, rows_q, r, frame, room)
+        put(like, reverse, r, settled(total, change, 0.5, frame[0]), first)
+    if js != 0:
+        total = row_total(js_term, like, rows_p, rows_q, r, frame, room)
+        put(like, js, r, min(settled(total, change, 0.125, frame[0]), LN2), first)
 
 
 @device
@@ -88,9 +88,9 @@ def row_sums(like, rows_p, rows_q, r, room):
 
 
 @device
-def put(like, array, r, value):
-    """array[r] = value, where there is an array."""
-    if array != 0:
+def put(like, array, r, value, first):
+    """array[r] = value, where there is an array, by the first thread of a team."""
+    if array != 0 and first:
         store(array + r * item_size(compute_zero(like)), as_result(like, value))
 
 
@@ -256,8 +256,7 @@ def _kl_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
             mean = row_total(kl_slope, like, rows_p, rows_q, r, frame, room)
         k = load(0.0, scale + r * 8)
         factor_p, factor_q = slope_scale(k, mean, frame[0]), slope_scale(k, 0.0, frame[0])
-    if warp == 0 and cuda.laneid == 0:
-        put(like, loss, r, value)
+    put(like, loss, r, value, warp == 0 and cuda.laneid == 0)
     write_slopes(
         kl_slope,
         mean,
@@ -300,8 +299,7 @@ def _js_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
         if grad_q[0] != 0:
             mean_q = row_total(js_reverse_slope, like, rows_p, rows_q, r, frame, room)
         factor = slope_scale(load(0.0, scale + r * 8), 0.0, frame[0])
-    if warp == 0 and cuda.laneid == 0:
-        put(like, loss, r, value)
+    put(like, loss, r, value, warp == 0 and cuda.laneid == 0)
     write_slopes(
         js_slope,
         mean_p,
