@@ -156,9 +156,9 @@ def flat(x):
 
 
 def gradient(out, logits, axis):
-    """The array that a gradient goes to: `out`, or a new one like the logits."""
+    """The array that a gradient goes to: `out`, or a new one like the logits, in their memory order."""
     if out is None:
-        return array_module(logits).empty(logits.shape, logits.dtype.newbyteorder("="))
+        return array_module(logits).empty_like(logits, logits.dtype.newbyteorder("="))
     same_shape(out, "out", logits.shape, "logits")
     if out.dtype != logits.dtype and not (out.dtype == np.float32 and logits.itemsize == 2):
         raise TypeError(f"out: expected dtype {logits.dtype}, or float32 for 16 bits, got {out.dtype}")

@@ -15,13 +15,12 @@ import numpy as np
 
 from . import _check
 from ._backend import array_module, kernels
-from .grad import value_and_grad, value_grad_hess
+from .grad import value_grad_hess
 from .sigmoid import (
     sigmoid_cross_entropy_with_logits,
     sigmoid_focal_cross_entropy_with_logits,
     weighted_cross_entropy_with_logits,
 )
-from .softmax import softmax as _softmax
 from .softmax import sparse_softmax_cross_entropy_with_logits
 
 LEAST_HESSIAN = 1e-16  # XGBoost's; a sum of Hessians divides
@@ -96,10 +95,10 @@ class Objective:
 
     def _derivatives(self, scores, labels, weights):
         labels, weights = self._checked(scores, labels, weights)
-        if self._classes:
-            grad, hess = _softmax_derivatives(scores, labels, weights, self._hessian)
-        else:
-            _, grad, hess = value_grad_hess(self._loss)(labels, scores, upstream=weights, **self._options)
+        run = value_grad_hess(self._loss, "upper_bound" if self._hessian == "xgboost" else "diagonal")
+        _, grad, hess = run(labels, scores, upstream=weights, **self._options)
+        if self._hessian == "lightgbm":
+            hess *= hess.dtype.type(self._classes / (self._classes - 1))
         return grad, array_module(hess).maximum(hess, hess.dtype.type(LEAST_HESSIAN), out=hess)
 
     def _mean(self, scores, labels, weights):
@@ -126,16 +125,3 @@ class Objective:
 
     def __repr__(self):
         return f"Objective({self.name!r})"
-
-
-def _softmax_derivatives(scores, labels, weights, hessian):
-    """(gradient, Hessian) of sparse_softmax_cross_entropy_with_logits, times the weights."""
-    xp, classes = array_module(scores), scores.shape[1]
-    gradient = value_and_grad(sparse_softmax_cross_entropy_with_logits)
-    _, grad = gradient(labels, scores, upstream=weights, out=xp.empty_like(scores))
-    p, hess = _softmax(scores), xp.empty_like(scores)
-    factor = {"diagonal": 1.0, "xgboost": 2.0, "lightgbm": classes / (classes - 1)}[hessian]
-    xp.multiply(p, (1 - p) * p.dtype.type(factor), out=hess)
-    if weights is not None:
-        hess *= weights[:, None].astype(hess.dtype)
-    return grad, hess

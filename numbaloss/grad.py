@@ -258,7 +258,7 @@ def _hess(q, reduction, upstream, hessian):
     _check.choice(hessian, "hessian", ("diagonal", "upper_bound"))
     upstream = _check.upstream(upstream, q.shape if reduction == "none" else (), q.logits)
     slopes = _xent.slopes_of(q, upstream, _xent.divisor_of(q) if reduction == "mean" else None)
-    hess = array_module(q.logits).empty(q.logits.shape, _check.result_dtype(q.logits))
+    hess = array_module(q.logits).empty_like(q.logits, _check.result_dtype(q.logits))
     _xent.gradients(q, slopes, hess, second=1 if hessian == "diagonal" else 2)
     return hess
 
