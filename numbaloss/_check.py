@@ -147,7 +147,7 @@ def class_weights(x, classes, dtype, logits):
         return None
     x = number_array(x, "class_weights", logits)
     same_shape(x, "class_weights", (classes,), "the classes of logits")
-    return x.astype(dtype, order="C")
+    return array_module(x).ascontiguousarray(x, dtype)
 
 
 def flat(x):
@@ -299,7 +299,7 @@ def _in_reach(x, logits, dtype):
     if _layout(x) is not None and (dtype is None or x.dtype == dtype):
         return x
     own = x.dtype.newbyteorder("=") if carrier(x.dtype) is not None else result_dtype(logits)
-    return x.astype(dtype or own, order="C")
+    return array_module(x).array(x, dtype or own, order="C")
 
 
 def blocks(x, begin=0, index=()):

@@ -162,7 +162,9 @@ def _targets(q, parts, y):
 
 def _class_weights(q):
     """In the precision of the losses."""
-    return q.class_weights if q.class_weights is None else q.class_weights.astype(_check.result_dtype(q.x), copy=False)
+    if q.class_weights is None:
+        return None
+    return array_module(q.x).ascontiguousarray(q.class_weights, _check.result_dtype(q.x))
 
 
 # -- reductions --------------------------------------------------------------------------------------------------

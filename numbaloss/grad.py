@@ -209,7 +209,7 @@ def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):
     for name in targets:  # before the logits may be overwritten
         grads[name] = _xent.label_gradients(q, slopes, arguments[name], grads[name])
     loss = _xent.gradients(q, slopes, grads["logits"], as_one) if "logits" in out else _xent.losses(q)
-    rows = loss.copy() if "weights" in out else None
+    rows = array_module(loss).array(loss) if "weights" in out else None
     value, mean = value_of(loss)
     if "weights" in out:
         grads["weights"] = _xent.weight_gradients(

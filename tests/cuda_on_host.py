@@ -141,7 +141,8 @@ def on_host(order=None, launches=None):
         for target, name, value in (
             (cupy, "empty", empty),
             (cupy, "zeros", zeros),
-            (cupy, "array", lambda x, dtype=None: to_cupy(np.array(to_numpy(x), dtype))),
+            (cupy, "empty_like", lambda x, dtype: to_cupy(np.empty_like(to_numpy(x), dtype))),
+            (cupy, "array", lambda x, dtype=None, order="K": to_cupy(np.array(to_numpy(x), dtype, order=order))),
             (cupy, "asarray", lambda x: x if isinstance(x, cupy.ndarray) else to_cupy(x)),
             (cupy, "ascontiguousarray", ascontiguousarray),
             (cupy.cuda, "get_current_stream", lambda: stream),
@@ -477,6 +478,11 @@ def term(x, low, m, total):
 @twin(_scalar.select)
 def select(condition, a, b):
     return np.where(condition, a, b) if isinstance(condition, np.ndarray) else a if condition else b
+
+
+@twin(_scalar.rounded_product)
+def rounded_product(a, b):
+    return a * b
 
 
 def each_item(function):

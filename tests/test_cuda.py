@@ -21,6 +21,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 import cuda_on_host as host  # noqa: E402
 
 import numbaloss as nl  # noqa: E402
+from numbaloss.cpu._launch import Kernel  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -581,17 +582,17 @@ def test_one_module_imports_the_cuda_target():
     assert naming == {"_launch.py"}
 
 
-@pytest.mark.parametrize("family", ["softmax", "sigmoid", "totals"])
+@pytest.mark.parametrize("family", ["softmax", "dense", "divergence", "elements", "sigmoid", "totals"])
 def test_twins_share_names(family):
-    """Whatever the public functions call exists in both backends, with the same parameters."""
+    """Every kernel exists in both backends, with the same parameters."""
     cpu, cuda = (__import__(f"numbaloss.{name}.{family}", fromlist=["x"]) for name in ("cpu", "cuda"))
-    used = set()
-    for module in (nl.softmax, nl.sigmoid, nl.sequence, nl.totals):
-        source = inspect.getsource(inspect.getmodule(module) if inspect.isfunction(module) else module)
-        used |= {name for name in vars(cpu) if f".{name}(" in source or f".{name} " in source}
-    used = {name for name in used if name in vars(cpu) and hasattr(vars(cpu)[name], "function")}
-    for name in used - ({"round_total", "merge"} if family == "totals" else set()):
-        ours = list(inspect.signature(vars(cpu)[name].function).parameters)[1:]
-        theirs = list(inspect.signature(vars(cuda)[name]).parameters)[2:]
-        assert ours == theirs, name
-    assert used
+    kernels = {name: kernel.function for name, kernel in vars(cpu).items() if isinstance(kernel, Kernel)}
+    names = {name.lstrip("_") for name in kernels} - {
+        "total",
+        "round_total",
+        "merge",
+    }  # a function, and two for the host
+    assert names
+    for name in names:
+        ours = list(inspect.signature(kernels[name]).parameters)[1:]
+        assert list(inspect.signature(vars(cuda)[name]).parameters)[2:] == ours, name
