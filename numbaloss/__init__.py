@@ -5,6 +5,7 @@ Importing this package imports NumPy alone; Numba and the kernels come with the 
 
 from ._version import __version__
 from .grad import value_and_grad, value_grad_hess
+from .linear import linear_cross_entropy
 from .sequence import sequence_loss
 from .sigmoid import (
     sigmoid_cross_entropy_with_logits,
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "focal_loss",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "score_tokens",
