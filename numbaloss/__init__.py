@@ -6,6 +6,7 @@ Importing this package imports NumPy alone; Numba and the kernels come with the 
 from ._version import __version__
 from .divergence import js_divergence, kl_divergence
 from .grad import value_and_grad, value_grad_hess
+from .linear import linear_cross_entropy
 from .sequence import sequence_loss
 from .sigmoid import (
     sigmoid_cross_entropy_with_logits,
@@ -35,6 +36,7 @@ __all__ = [
     "focal_loss",
     "js_divergence",
     "kl_divergence",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "score_tokens",

@@ -155,11 +155,11 @@ def flat(x):
     return x if x.ndim == 1 else x.reshape(-1)
 
 
-def gradient(out, logits, axis):
+def gradient(out, logits, axis, name="logits"):
     """The array that a gradient goes to: `out`, or a new one like the logits, in their memory order."""
     if out is None:
         return array_module(logits).empty_like(logits, logits.dtype.newbyteorder("="))
-    same_shape(out, "out", logits.shape, "logits")
+    same_shape(out, "out", logits.shape, name)
     if out.dtype != logits.dtype and not (out.dtype == np.float32 and logits.itemsize == 2):
         raise TypeError(f"out: expected dtype {logits.dtype}, or float32 for 16 bits, got {out.dtype}")
     if not is_cupy(out) and not out.flags.writeable:
@@ -288,13 +288,13 @@ def pieces(*arrays, prepare=None, dtype=None):
 
 def _prepared_pieces(arrays, prepare, dtype):
     for begin, end, index in blocks(arrays[0]):
-        parts = [_in_reach(x[index], arrays[0], dtype) for x in arrays]
+        parts = [in_reach(x[index], arrays[0], dtype) for x in arrays]
         if prepare is not None:
             parts[0] = prepare(parts[0])
         yield begin, end, [(carrier(x.dtype), _layout(x), x) for x in parts]
 
 
-def _in_reach(x, logits, dtype):
+def in_reach(x, logits, dtype=None):
     """x, or a copy that the kernels can read, of this dtype unless it is None."""
     if _layout(x) is not None and (dtype is None or x.dtype == dtype):
         return x

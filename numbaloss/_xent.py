@@ -74,9 +74,10 @@ def cap_of(softcap, temperature, dtype):
     return dtype(0), scale, dtype(float(1 / Fraction(temperature) - Fraction(float(scale))))
 
 
-def losses(q):
-    """The loss of every row, logits' shape without the class axis; raises for labels out of range where asked to."""
-    loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x))
+def losses(q, loss=None):
+    """The loss of every row, logits' shape without the class axis, in `loss` if that is given; raises for labels out of
+    range where asked to."""
+    loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x)) if loss is None else loss
     flat, bad = _check.flat(loss), 0
     for begin, end, parts in _check.pieces(*q.arrays(), prepare=_capping(q)):
         bad += _fill_losses(q, parts, begin, end, _check.part(flat, begin, end))
@@ -87,12 +88,12 @@ def losses(q):
     return loss
 
 
-def gradients(q, slopes, grad, as_one=False, second=0):
-    """losses(q); and `grad`, of logits' shape, gets slopes[r] * d loss[r] / d logits. `as_one` differentiates as if the
-    labels of a row summed to 1; a `second` that is not 0 gives the diagonal of the Hessian times it instead."""
+def gradients(q, slopes, grad, as_one=False, second=0, loss=None):
+    """losses(q, loss); and `grad`, of logits' shape, gets slopes[r] * d loss[r] / d logits. `as_one` differentiates as
+    if the labels of a row summed to 1; a `second` that is not 0 gives the diagonal of the Hessian times it instead."""
     if q.y is not None and (q.check_labels == "raise" or (q.check_labels == "auto" and not is_cupy(q.x))):
         q.raise_bad_label()  # before anything is overwritten
-    loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x))
+    loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x)) if loss is None else loss
     flat, arrays = _check.flat(loss), q.arrays()
     capped = [] if q.cap is None else [q.x]
     out = _check.class_axis_last(grad, q.axis, "out")

@@ -6,6 +6,7 @@ from functools import wraps
 from . import _check, _xent
 from ._backend import array_module, kernels, on_its_device
 from .divergence import _js_grad, _kl_grad, js_divergence, kl_divergence
+from .linear import _linear_gradients, linear_cross_entropy
 from .sequence import _for_steps, _sequence_rows, sequence_loss
 from .sequence import _reduced as _reduced_sequence
 from .sigmoid import (
@@ -221,6 +222,7 @@ def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):
 _GRADIENTS = {
     cross_entropy: (("logits", "weights", "targets"), _cross_entropy),
     focal_loss: (("logits", "weights"), _focal),
+    linear_cross_entropy: (("hidden", "weight", "bias"), _linear_gradients),
     softmax_cross_entropy_with_logits: (("logits", "labels"), _softmax_cross_entropy),
     sparse_softmax_cross_entropy_with_logits: (("logits",), _sparse_softmax_cross_entropy),
     sequence_loss: (("logits", "weights", "targets"), _sequence_loss),

@@ -76,6 +76,8 @@ def signatures(like, rows):
         "_label_slopes": (I64, like, I64, I64, I64, OPERAND, F64, I64),
         "_cap": (I64, like, ROWS, cap, I64),
         "_uncap": (I64, I64, like, ROWS, cap, like, ROWS),
+        "_take_rows": (like, ROWS, I64, OPERAND, I64),
+        "_put_rows": (I64, OPERAND, like, ROWS, I64),
         "_binary_xent": (I64, like, ROWS, like, ROWS, like, ROWS, I64),
         "_binary_grad": (I64, like, ROWS, like, ROWS, like, ROWS, like, ROWS, I64, like, ROWS, I64, I64, I64),
         "_divergence": (I64, like, rows, rows, OPERAND, I64, I64, I64),

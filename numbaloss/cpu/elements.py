@@ -1,4 +1,4 @@
-"""Logits capped or divided on the CPU, element by element, before a loss and after its gradient.
+"""Logits capped or divided on the CPU, element by element, before a loss and after its gradient; rows copied.
 
 `cap` is described at _typed.capped.
 """
@@ -11,7 +11,7 @@ from .._typed import capped, item_size, uncapped
 from .._vector import WIDTH
 from ._launch import Kernel
 from ._memory import TILE_BYTES, always_inline, gather, load, load_part, out_of_line, stack, store_as
-from ._rows import row_address, scatter
+from ._rows import fill_row, row_address, scatter, weight_is_zero
 
 
 def _cap(blocks, like, rows, cap, out):
@@ -72,3 +72,52 @@ def uncap_tile(zero, grad, like, address, size, cap, like_out, to):
 def load_up_to(like, address, size):
     always_inline()
     return load(like, address) if size >= WIDTH else load_part(like, address, size)
+
+
+def _take_rows(blocks, like, rows, first, weights, out):
+    """out[r] = row first + r of `rows`, widened; zeros where weights[r] is 0. `weights` may be None."""
+    stride, columns, zero, to = rows[4], rows[5], out.dtype.type(0), np.int64(out.ctypes.data)
+    pitch, n = columns * item_size(zero), len(out)
+    for block in prange(blocks):
+        spare = stack(TILE_BYTES)
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            if weight_is_zero(r, weights):
+                out[r] = zero
+                continue
+            source = row_address(rows, first + r)
+            for begin in range(0, columns, LANES):
+                size = min(LANES, columns - begin)
+                at = gather(like, source + begin * stride, stride, size, spare)
+                copy_tile(like, at, size, zero, to + r * pitch + begin * item_size(zero))
+
+
+take_rows = Kernel(_take_rows)
+
+
+def _put_rows(blocks, values, weights, like_out, out_rows, first):
+    """Row first + r of `out_rows` = values[r], rounded; zeros where weights[r] is 0. `weights` may be None."""
+    stride, columns, zero, source = out_rows[4], out_rows[5], values.dtype.type(0), np.int64(values.ctypes.data)
+    pitch, n = columns * item_size(zero), len(values)
+    for block in prange(blocks):
+        room = stack(TILE_BYTES)
+        for r in range(block * n // blocks, (block + 1) * n // blocks):
+            out = row_address(out_rows, first + r)
+            if weight_is_zero(r, weights):
+                fill_row(like_out, out, stride, columns, zero, room)
+                continue
+            for begin in range(0, columns, LANES):
+                size, at = min(LANES, columns - begin), out + begin * stride
+                to = at if stride == item_size(like_out) else room
+                copy_tile(zero, source + r * pitch + begin * item_size(zero), size, like_out, to)
+                scatter(like_out, to, size, at, stride)
+
+
+put_rows = Kernel(_put_rows)
+
+
+@njit
+def copy_tile(like, address, size, like_out, to):
+    out_of_line()
+    for i in range(0, size, WIDTH):
+        x = load_up_to(like, address + i * item_size(like), size - i)
+        store_as(like_out, to + i * item_size(like_out), x, size - i)
