@@ -67,7 +67,7 @@ MUTANTS = {
         "test_exact.py::test_exact_random[1025-float32]",
     ),
     "a NaN that is not the largest": (
-        "cpu/_chunks.py",
+        "cpu/_rows.py",
         "(x != x and largest != largest)",
         "x != x",
         "test_special.py::test_rows_without_a_softmax[1100-float32]",
@@ -97,15 +97,15 @@ MUTANTS = {
         "test_softmax.py::test_strides_beyond_32_bits",
     ),
     "weights are not read": (
-        "cpu/softmax.py",
+        "cpu/_rows.py",
         "return lambda r, weights: weights[r] == 0",
         "return lambda r, weights: False",
         "test_special.py::test_rows_that_do_not_count[4-float32]",
     ),
     "products in float32": (
         "cpu/totals.py",
-        "add_number(top, np.float64(values[i]) * f)",
-        "add_number(top, np.float64(np.float32(values[i] * f)))",
+        "add_number(top, np.float64(values[i]) * above)",
+        "add_number(top, np.float64(np.float32(values[i] * above)))",
         "test_totals.py::test_reductions[63-float32]",
     ),
     "a sum that is half-way": (
@@ -122,8 +122,8 @@ MUTANTS = {
     ),
     "the divisor of sums": (
         "cpu/totals.py",
-        "1.0 if divisor == NONZERO_OR_NONE else weights[i]",
-        "weights[i]",
+        "1.0 if divisor == NONZERO_OR_NONE else w",
+        "w",
         "test_sequence.py::test_divisors",
     ),
     "CUDA: the other half of an exchange": (
@@ -239,6 +239,54 @@ MUTANTS = {
         "builder.add(odd, of(_I32, 0x7FFF))",
         "builder.sub(odd, odd)",
         "test_grad.py::test_exact[17-bfloat16]",
+    ),
+    "the largest class's entry of a dense gradient by cancellation": (
+        "cpu/dense.py",
+        "                put(zero, lanes, size, where - begin, top)\n",
+        "",
+        "test_options.py::test_confident_rows[40.0]",
+    ),
+    "class weights in the loss and once more in the mean": (
+        "_xent.py",
+        "divisor = _check.FACTORS if q.plain else _check.CLASS_FACTORS",
+        "divisor = _check.FACTORS",
+        "test_options.py::test_every_combination[float64-labels-mean]",
+    ),
+    "a weight's gradient without the divisor's": (
+        "cpu/totals.py",
+        "slope -= rounded_product(c, mean_at(mean, i))",
+        "slope -= 0.0",
+        "test_options.py::test_by_weights_and_targets[labels]",
+    ),
+    "smoothing over a class that is absent": (
+        "cpu/dense.py",
+        "distance[i] = select(label == 0, distance[i], product)",
+        "distance[i] = product",
+        "test_options.py::test_minus_infinity[float32]",
+    ),
+    "a Hessian whose 1 - p cancels": (
+        "cpu/dense.py",
+        "put(zero, room, size, where - begin, p * fma(b, p, a * (u * p)))",
+        "put(zero, room, size, where - begin, p * fma(b, p, a * (1.0 - p)))",
+        "test_options.py::test_hessians",
+    ),
+    "CUDA: smoothing goes on beyond the last class": (
+        "cuda/dense.py",
+        "        return ones_apart(like, position, end)",
+        "        return ones_apart(like, position, end + 1)",
+        "test_cuda_options.py::test_classes[1025-float32-labels]",
+    ),
+    "CUDA: labels of the second half of a Vector": (
+        "cuda/dense.py",
+        "        position += HALF\n",
+        "",
+        "test_cuda_options.py::test_classes[1025-float32-probabilities]",
+    ),
+    "a divergence of nearly equal rows by cancellation": (
+        "_divergence_scalar.py",
+        "down = select(near, t * fma(-a, odd, even), (e - one) + a)",
+        "down = (e - one) + a",
+        "test_divergence.py::test_exact[17-float32]",
     ),
     "0 times infinity": (
         "_scalar.py",
