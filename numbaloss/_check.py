@@ -155,10 +155,18 @@ def flat(x):
     return x if x.ndim == 1 else x.reshape(-1)
 
 
+def like_logits(logits, dtype, axis):
+    """A new array of logits' shape, in their memory order if the kernels can write that."""
+    x = array_module(logits).empty_like(logits, dtype)
+    if x.size == 0 or readable(class_axis_last(x, axis)) is not None:
+        return x
+    return array_module(logits).empty(logits.shape, dtype)
+
+
 def gradient(out, logits, axis, name="logits"):
     """The array that a gradient goes to: `out`, or a new one like the logits, in their memory order."""
     if out is None:
-        return array_module(logits).empty_like(logits, logits.dtype.newbyteorder("="))
+        return like_logits(logits, logits.dtype.newbyteorder("="), axis)
     same_shape(out, "out", logits.shape, name)
     if out.dtype != logits.dtype and not (out.dtype == np.float32 and logits.itemsize == 2):
         raise TypeError(f"out: expected dtype {logits.dtype}, or float32 for 16 bits, got {out.dtype}")

@@ -57,9 +57,9 @@ class Rows:
 def labelled(logits, labels, axis, name, check_labels, weights=None, **options):
     """Rows with integer labels."""
     _check.choice(check_labels, "check_labels", ("auto", "raise", "nan"))
-    shape = _check.class_axis_last(logits, axis).shape[:-1]
-    y, given = _check.labels(labels, shape, name, logits)
-    return Rows(logits, axis, y, None, given, name, weights, check_labels=check_labels, **options)
+    q = Rows(logits, axis, name=name, weights=weights, check_labels=check_labels, **options)
+    q.y, q.given = _check.labels(labels, q.shape, name, logits)
+    return q
 
 
 def cap_of(softcap, temperature, dtype):

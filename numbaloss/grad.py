@@ -3,6 +3,8 @@
 import inspect
 from functools import wraps
 
+import numpy as np
+
 from . import _check, _xent
 from ._backend import array_module, kernels, on_its_device
 from .divergence import _js_grad, _kl_grad, js_divergence, kl_divergence
@@ -260,7 +262,7 @@ def _hess(q, reduction, upstream, hessian):
     _check.choice(hessian, "hessian", ("diagonal", "upper_bound"))
     upstream = _check.upstream(upstream, q.shape if reduction == "none" else (), q.logits)
     slopes = _xent.slopes_of(q, upstream, _xent.divisor_of(q) if reduction == "mean" else None)
-    hess = array_module(q.logits).empty_like(q.logits, _check.result_dtype(q.logits))
+    hess = _check.like_logits(q.logits, np.dtype(_check.result_dtype(q.logits)), q.axis)
     _xent.gradients(q, slopes, hess, second=1 if hessian == "diagonal" else 2)
     return hess
 

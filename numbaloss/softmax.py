@@ -168,15 +168,15 @@ def _cross_entropy_rows(
     logits = _check.logits(logits)
     targets = _check.number_array(targets, "targets", logits)
     kernels("softmax", logits=logits, targets=targets, weights=weights, class_weights=class_weights)
-    shape = _check.class_axis_last(logits, axis).shape[:-1]
-    options = {
-        "weights": _check.weights(weights, shape, logits),
-        "class_weights": _check.class_weights(class_weights, logits.shape[axis], np.float64, logits),
-        "smoothing": _check.real(label_smoothing, "label_smoothing", 0.0, 1.0),
-        "z_loss": _check.real(z_loss, "z_loss", 0.0),
-        "cap": _xent.cap_of(softcap, temperature, _check.result_dtype(logits)),
-        "gamma": gamma,
-    }
+    options = {"cap": _xent.cap_of(softcap, temperature, _check.result_dtype(logits)), "gamma": gamma}
+    if label_smoothing != 0:
+        options["smoothing"] = _check.real(label_smoothing, "label_smoothing", 0.0, 1.0)
+    if z_loss != 0:
+        options["z_loss"] = _check.real(z_loss, "z_loss", 0.0)
+    if weights is not None or class_weights is not None:
+        x = _check.class_axis_last(logits, axis)
+        options["weights"] = _check.weights(weights, x.shape[:-1], logits)
+        options["class_weights"] = _check.class_weights(class_weights, x.shape[-1], np.float64, logits)
     if targets.dtype.kind in "iu":
         ignore = _check.integer(_xent.IGNORED if ignore_index is _DEFAULT else ignore_index, "ignore_index")
         return _xent.labelled(logits, targets, axis, "targets", check_labels, ignore_index=ignore, **options)

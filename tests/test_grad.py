@@ -125,6 +125,16 @@ def test_layouts(layout):
         assert_same_bits(np.array(given, np.float32), x)
 
 
+def test_many_strides():
+    """[12] Four row axes in another order: gradients in memory that no two strides describe are not left unwritten."""
+    x, y = make_logits(48, 30).reshape(2, 3, 2, 4, 30), make_labels(48, 30).reshape(2, 3, 2, 4)
+    want = nl.value_and_grad(nl.cross_entropy)(x, y, reduction="none")
+    order = 3, 1, 0, 2
+    for logits in (x.transpose(*order, 4), np.asfortranarray(x).transpose(*order, 4)):
+        got = nl.value_and_grad(nl.cross_entropy)(logits, y.transpose(order), reduction="none")
+        assert_same_bits(got, (want[0].transpose(order), want[1].transpose(*order, 4)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_in_place(dtype):
     """out=logits: the same bits, no other memory."""
