@@ -581,12 +581,12 @@ def test_one_module_imports_the_cuda_target():
     assert naming == {"_launch.py"}
 
 
-@pytest.mark.parametrize("family", ["softmax", "sigmoid", "totals"])
+@pytest.mark.parametrize("family", ["softmax", "sigmoid", "elements", "totals"])
 def test_twins_share_names(family):
     """Whatever the public functions call exists in both backends, with the same parameters."""
     cpu, cuda = (__import__(f"numbaloss.{name}.{family}", fromlist=["x"]) for name in ("cpu", "cuda"))
     used = set()
-    for module in (nl.softmax, nl.sigmoid, nl.sequence, nl.totals):
+    for module in (nl.softmax, nl.sigmoid, nl.sequence, nl.totals, nl.linear_cross_entropy):
         source = inspect.getsource(inspect.getmodule(module) if inspect.isfunction(module) else module)
         used |= {name for name in vars(cpu) if f".{name}(" in source or f".{name} " in source}
     used = {name for name in used if name in vars(cpu) and hasattr(vars(cpu)[name], "function")}
