@@ -8,7 +8,7 @@ from . import _check, _xent
 from ._backend import array_module, is_cupy, kernels, on_its_device
 from .softmax import _cross_entropy_rows
 
-TILE = {"numpy": 256, "cupy": 1024}  # rows of a matmul: fixed, for its bits may depend on how many there are
+TILE = {"numpy": 512, "cupy": 1024}  # rows of a matmul, or half as many: by no chunk, for bits may depend on how many
 CHUNK = {"numpy": 1 << 26, "cupy": 1 << 29}  # bytes of logits and hidden rows at a time, unless given
 BLOCK = {"numpy": 1 << 24, "cupy": 1 << 27}  # bytes of the weight at a time
 
@@ -35,10 +35,13 @@ def linear_cross_entropy(
 
         loss = cross_entropy(hidden @ weight.T + bias, targets, ...)
 
-    Rows go through the array library's matmul, 256 at a time (CuPy: 1024), and blocks of classes. Row i has the same
-    place in the same matmul whatever the chunk, so value and gradients have the same bits whatever the chunk, where the
-    library repeats its own. On the number of threads, the other rows of a matmul and the processor they depend as far
-    as the matmul does. The logits are as right as it makes them; from there on all is as in cross_entropy.
+    The logits are those of the array library's matmul, and as right as it makes them; from there on all is as in
+    cross_entropy. It takes 512 rows at a time (256 if more would fill 64 MiB; CuPy: 1024, 512, 512 MiB) and a block of
+    classes. Row i has the same place in the same matmul whatever the chunk, so value and gradients have the same bits
+    whatever the chunk, if the library repeats its own. Not promised are the same bits for other rows beside a row,
+    another number of threads or another processor: OpenBLAS, NumPy's, keeps them on some processors only.
+
+    value_and_grad gives gradients by "hidden", "weight" and "bias", summed over rows in the result's precision.
 
     Args:
         hidden: float16, bfloat16, float32 or float64, (..., features). 16 bits are widened to float32.
@@ -57,7 +60,7 @@ def linear_cross_entropy(
 
     >>> hidden, weight = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> linear_cross_entropy(hidden, weight, [2])
-    np.float64(0.40760596444438...)
+    np.float64(0.4076059644443803)
     """
     _check.choice(reduction, "reduction", ("mean", "sum", "none"))
     options = {"weights": weights, "class_weights": class_weights, "ignore_index": ignore_index}
@@ -98,6 +101,8 @@ class _Layer:
     def _prepare(self, chunk):
         xp, (classes, features), n = self.xp, self.weight.shape, int(np.prod(self.rows.shape))
         self.tile, item = TILE[xp.__name__], self.dtype.itemsize
+        if self.tile * classes * item > CHUNK[xp.__name__]:
+            self.tile //= 2
         chunk = CHUNK[xp.__name__] if chunk is None else _check.integer(chunk, "chunk")
         if chunk < 1:
             raise ValueError(f"chunk: expected a number of bytes from 1 on, got {chunk}")

@@ -23,12 +23,10 @@ GRAD = nl.value_and_grad(nl.linear_cross_entropy, NAMES)
 
 
 def by_numpy(function):
-    """A function of CuPy's, computed by NumPy; small arrays are given in host memory, so copies do."""
+    """A function of CuPy's, computed by NumPy."""
 
     def run(*args, out):
-        values = host.to_cupy(function(*map(host.to_numpy, args)))
-        host._view(out)[...] = host.to_numpy(values)
-        return out
+        host._view(out)[...] = function(*map(host.to_numpy, args))
 
     return run
 
@@ -57,7 +55,7 @@ def on_cupy(*args, **options):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "label_smoothing": 0.1, "reduction": "none"}])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "reduction": "none"}])
 def test_same_bits(dtype, options):
     hidden, weight, y = make_logits(21, 12, dtype), make_logits(40, 12, dtype, 1, 1.0), make_labels(21, 40)
     bias, weights = make_logits(1, 40, result_dtype(dtype))[0], np.arange(21) % 5.0
