@@ -69,11 +69,14 @@ def test_every_combination(dtype, dense):
             check(nl.value_grad_hess(nl.cross_entropy), x, y, **options)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["labels", "probabilities"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("classes", [1, 3, 1025, 8200])
+SOME = [("float32", False), ("bfloat16", False), ("float16", True), ("float32", True), ("float64", True)]
+
+
+@pytest.mark.parametrize("dtype, dense", SOME)
+@pytest.mark.parametrize("classes", [3, 1025, 8200])
 def test_classes(classes, dtype, dense):
-    """A thread's, a warp's, a block's row; unaligned, strided, in place."""
+    """A warp's and a block's row; unaligned, strided, in place."""
+    dtype = DTYPES[dtype]
     x, y = (
         problem(dtype, 3, classes, dense) if classes > 3 else (make_logits(3, classes, dtype), make_labels(3, classes))
     )

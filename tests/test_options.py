@@ -40,14 +40,16 @@ def assert_near(got, exact, eps, scale, what=""):
     assert np.all(error <= eps), f"{what}: {np.max(error):.3g}, limit {eps:.3g}"
 
 
+SOME = [("float32", False), ("float64", False), ("float64", True), ("bfloat16", False), ("float16", True)]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dense", [False, True], ids=["labels", "probabilities"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype, dense", SOME)
 def test_every_combination(dtype, dense, reduction):
     """[5, 7, 9, 10] Two roundings of each logit, and what a loss and a gradient may be off."""
-    x, y = problem(dtype, dense)
+    x, y = problem(DTYPES[dtype], dense)
     upstream = np.array([1, 2, -1, 0.5, 3, 1.0]) if reduction == "none" else np.float64(1.5)
-    eps, wide = EPS[result_dtype(dtype)], x.astype(np.float64)
+    eps, wide = EPS[result_dtype(x.dtype)], x.astype(np.float64)
     rounding = {np.dtype(np.float16): 2.0**-11, np.dtype(BFLOAT16): 2.0**-8}.get(x.dtype, 0.0)
     for options in COMBINATIONS:
         value, grad = nl.value_and_grad(nl.cross_entropy)(x, y, reduction=reduction, upstream=upstream, **options)

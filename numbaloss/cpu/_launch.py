@@ -5,11 +5,13 @@ thread is inside a parallel kernel (Numba's workqueue layer would abort the proc
 parent had started threads (GNU OpenMP would end them).
 """
 
+import inspect
 import os
 import threading
 import types
 
 import numba
+import numpy as np
 from numba import njit
 from numba.core.caching import NullCache
 
@@ -18,6 +20,8 @@ from .._backend import package_stamp
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 _SMALL = 1 << 15  # elements
 BLOCKS_PER_THREAD = 8
+
+_NO_WEIGHTS = np.empty(0)
 
 _busy = threading.Lock()
 _started = False
@@ -60,17 +64,22 @@ class Kernel:
     """A kernel and its two compiled forms.
 
     kernel(work, items, *args) runs function(blocks, *args): `work` is the number of elements it will read, `items` the
-    number of rows or the like that it cuts into blocks, one after another a thread.
+    number of rows or the like that it cuts into blocks, one after another a thread. Weights of None become an empty
+    array, so that the kernel is compiled once for both.
     """
 
     def __init__(self, function):
         self.__doc__ = function.__doc__
         self.function = function
+        names = list(inspect.signature(function).parameters)[1:]
+        self._weights = names.index("weights") if "weights" in names else None
         self.serial = _compile(function, parallel=False)
         self.parallel = _compile(function, parallel=True)
 
     def __call__(self, work, items, *args):
         global _started
+        if self._weights is not None and args[self._weights] is None:
+            args = *args[: self._weights], _NO_WEIGHTS, *args[self._weights + 1 :]
         if work > _SMALL and not _forked and numba.get_num_threads() > 1 and _busy.acquire(blocking=False):
             try:
                 _started = True

@@ -1,8 +1,7 @@
 """Rows of logits on the CPU, one at a time; `like` and `rows` are described in _chunks."""
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 from .._check import NO_LABEL
 from .._scalar import CHUNK, LANES, exp_64, exponent_32, f32, merge, merge_moments, others_to_target, target_loss
@@ -18,15 +17,10 @@ def counts(r, labels, weights, ignore_index):
     return (labels[r] != ignore_index or ignore_index == NO_LABEL) and not weight_is_zero(r, weights)
 
 
+@njit
 def weight_is_zero(r, weights):
-    """Whether weights[r] is 0; weights may be None."""
-
-
-@overload(weight_is_zero)
-def _weight_is_zero(r, weights):
-    if weights == types.none:
-        return lambda r, weights: False
-    return lambda r, weights: weights[r] == 0
+    """Whether weights[r] is 0; empty weights are all 1."""
+    return weights.size > 0 and weights[r] == 0
 
 
 @njit

@@ -75,7 +75,7 @@ def load_up_to(like, address, size):
 
 
 def _take_rows(blocks, like, rows, first, weights, out):
-    """out[r] = row first + r of `rows`, widened; zeros where weights[r] is 0. `weights` may be None."""
+    """out[r] = row first + r of `rows`, widened; zeros where weights[r] is 0. Empty weights are all 1."""
     stride, columns, zero, to = rows[4], rows[5], out.dtype.type(0), np.int64(out.ctypes.data)
     pitch, n = columns * item_size(zero), len(out)
     for block in prange(blocks):
@@ -95,7 +95,7 @@ take_rows = Kernel(_take_rows)
 
 
 def _put_rows(blocks, values, weights, like_out, out_rows, first):
-    """Row first + r of `out_rows` = values[r], rounded; zeros where weights[r] is 0. `weights` may be None."""
+    """Row first + r of `out_rows` = values[r], rounded; zeros where weights[r] is 0. Empty weights are all 1."""
     stride, columns, zero, source = out_rows[4], out_rows[5], values.dtype.type(0), np.int64(values.ctypes.data)
     pitch, n = columns * item_size(zero), len(values)
     for block in prange(blocks):

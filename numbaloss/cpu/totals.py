@@ -19,15 +19,10 @@ def add_number(words, x):
     words[i + 2] += high
 
 
+@njit
 def weight_at(weights, i):
-    """weights[i]; 1 if weights is None."""
-
-
-@overload(weight_at)
-def _weight_at(weights, i):
-    if weights == types.none:
-        return lambda weights, i: 1.0
-    return lambda weights, i: weights[i]
+    """weights[i]; empty weights are all 1."""
+    return weights[i] if weights.size > 0 else 1.0
 
 
 def factor(i, labels, weights, class_weights, ignore_index):
@@ -159,7 +154,7 @@ def _weight_slopes(blocks, values, upstream, divisor, mean, labels, weights, cla
         for i in range(block * n // blocks, (block + 1) * n // blocks):
             out[i] = 0
             if factor(i, labels, weights, None, ignore_index) != 0.0:
-                c = factor(i, labels, None, class_weights, ignore_index)
+                c = factor(i, labels, weights[:0], class_weights, ignore_index)
                 slope = np.float64(values[i]) if inside else rounded_product(np.float64(values[i]), c)
                 slope -= rounded_product(c, mean_at(mean, i))
                 out[i] = slope * (upstream_at(upstream, i) / upstream_at(divisor, i))
