@@ -177,13 +177,13 @@ def gradient(out, logits, axis, name="logits"):
     return out
 
 
-def like_argument(out, argument, name):
-    """The array that the gradient by a small argument goes to; None stays None."""
+def like_argument(out, argument, name, logits):
+    """The array that the gradient by an argument other than the logits goes to; None stays None."""
     if argument is None:
         raise ValueError(f"{name}: expected an argument to differentiate by, got None")
-    if out is not None:
-        same_shape(out, "out", np.shape(argument), name)
-    return out
+    dtype = getattr(argument, "dtype", None)
+    dtype = result_dtype(logits) if dtype is None or carrier(dtype) is None else dtype.newbyteorder("=")
+    return output(out, np.shape(argument), np.dtype(dtype))
 
 
 def output(out, shape, *dtypes):

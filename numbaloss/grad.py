@@ -45,7 +45,8 @@ def value_and_grad(loss, wrt="logits", *, derivative=None):
     Args:
         loss: a loss of this package.
         wrt: an argument's name, or a tuple of names: what the loss is differentiated by. "logits"; "weights", where
-            there are any; "labels", where they are real numbers, or "targets"; "pos_weight".
+            there are any; "labels", where they are real numbers, or "targets"; "pos_weight"; "logits_p", "logits_q";
+            "hidden", "weight", "bias" of linear_cross_entropy.
         derivative: "tensorflow" or "true", for softmax_cross_entropy_with_logits alone, whose gradient in TensorFlow is
             softmax - labels also where the labels of a row do not sum to 1; the true derivative is then
             sum(labels) * softmax - labels. TensorFlow's unless given. (sequence_loss has TensorFlow's, cross_entropy
@@ -58,7 +59,7 @@ def value_and_grad(loss, wrt="logits", *, derivative=None):
         (value, gradient), the gradient of the argument's shape and dtype (float32, or float64 for float64 logits, for
         an argument that is not an array of floats), or a tuple of gradients. Zeros for rows that do not count, NaN for
         rows without a softmax or with a label out of range. Error under 4 eps of the row's largest entry, and of the
-        target's own entry; in 16 bits rounded once more.
+        target's own entry; with options of cross_entropy 8 eps; in 16 bits rounded once more.
     Raises:
         TypeError, ValueError: as the loss; an upstream that does not broadcast to the loss, an out that does not fit.
     Source: jax.value_and_grad; torch.autograd for the options of cross_entropy.
@@ -109,7 +110,8 @@ def value_grad_hess(loss, hessian="diagonal"):
     makes objectives of it.
 
     Args:
-        loss: a loss of this package but for focal_loss and sequence_loss; without softcap.
+        loss: cross_entropy (without softcap) or one of TensorFlow's but for sequence_loss, or
+            sigmoid_focal_cross_entropy_with_logits.
         hessian: "diagonal"; or, for the softmax family, "upper_bound", which is 2 p (1 - p) in place of p (1 - p) and
             bounds the whole Hessian, off its diagonal too.
         upstream: real numbers that broadcast to the loss: derivatives are those of sum(upstream * loss). Where it is
@@ -205,7 +207,8 @@ def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):
     targets = [name for name in out if name in ("labels", "targets")]
     if targets and q.dense is None:
         raise TypeError(f"{targets[0]}: expected class probabilities for a gradient, got dtype {q.given.dtype}")
-    grads = {name: _check.like_argument(x, arguments[name], name) for name, x in out.items() if name != "logits"}
+    others = {name: x for name, x in out.items() if name != "logits"}
+    grads = {name: _check.like_argument(x, arguments[name], name, q.logits) for name, x in others.items()}
     if "logits" in out:
         grads["logits"] = _check.gradient(out["logits"], q.logits, q.axis)
     slopes = _xent.slopes_of(q, upstream, divisor)
@@ -215,9 +218,8 @@ def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):
     rows = array_module(loss).array(loss) if "weights" in out else None
     value, mean = value_of(loss)
     if "weights" in out:
-        grads["weights"] = _xent.weight_gradients(
-            q, rows, upstream, divisor, mean, arguments["weights"], out["weights"]
-        )
+        weights = arguments["weights"]
+        grads["weights"] = _xent.weight_gradients(q, rows, upstream, divisor, mean, weights, grads["weights"])
     return value, grads
 
 

@@ -290,6 +290,11 @@ def test_errors():
             "softcap: expected None for a Hessian",
             lambda: nl.value_grad_hess(nl.cross_entropy)(x, y, softcap=2.0),
         ),
+        (
+            TypeError,
+            "out: expected dtype float64, got int64",
+            lambda: nl.value_and_grad(nl.cross_entropy, "weights")(x, y, weights=np.ones(6), out=np.zeros(6, np.int64)),
+        ),
         (ValueError, "hessian: expected one of", lambda: nl.value_grad_hess(nl.cross_entropy, "exact")(x, y)),
     ):
         before = x.copy()
