@@ -276,6 +276,12 @@ MUTANTS = {
         "        return ones_apart(like, position, end + 1)",
         "test_cuda_options.py::test_classes[1025-float32-False]",
     ),
+    "CUDA: a gradient in place of a logit that is still to be read": (
+        "cuda/dense.py",
+        "    if warps > 1:\n        cuda.syncthreads()  # in place",
+        "    if False:\n        cuda.syncthreads()  # in place",
+        "test_cuda_options.py::test_in_place_of_chunks",
+    ),
     "CUDA: labels of the second half of a Vector": (
         "cuda/dense.py",
         "        position += HALF\n",

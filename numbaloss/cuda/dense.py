@@ -288,6 +288,8 @@ def _dense_xent_grad(
             own = g * dense_entry(mass, tilt, share_of(like, targets, r, y, y, class_weights), p, 1.0 - p)
     if first:
         store(loss + r * item_size(zero), as_result(like, value))
+    if warps > 1:
+        cuda.syncthreads()  # in place: y's logit has been read by all
     g, p = as_result(like, g * shares(targets)[1]), np.int64(warp) * LANES
     while p < rows[5]:
         near = np.int32(min(rows[5] - p, np.int64(LANES)))
