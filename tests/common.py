@@ -57,7 +57,7 @@ def assert_same_bits(got, expected, what=""):
         differ = np.argwhere(bits(a) != bits(b))
         if len(differ):
             at = tuple(int(i) for i in differ[0])
-            a, b = np.asarray(a), np.asarray(b)
+            a, b = np.atleast_1d(a), np.atleast_1d(b)
             raise AssertionError(
                 f"{what}[{k}]: {len(differ)} of {a.size} differ, first at {at}: {a[at]!r}, not {b[at]!r}"
             )
