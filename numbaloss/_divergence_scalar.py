@@ -10,7 +10,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ._scalar import at_least, exp_neg_32, exp_neg_64, f32, fma, log1p_32, scalar, select
+from ._scalar import at_least, exp_neg_32, exp_neg_64, f32, fma, log1p_32, rounded_product, scalar, select
 from ._typed import grad_of, softmax_frame
 
 LN2 = 0.6931471805599453
@@ -145,7 +145,7 @@ def log1p_small_64(e):
     p = fma(p, e, 0.33333333333271575)
     p = fma(p, e, -0.499999999999998)
     p = fma(p, e, 1.0)
-    return p * e
+    return rounded_product(p, e)
 
 
 def by_precision(single, double):

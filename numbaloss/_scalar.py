@@ -481,7 +481,7 @@ def merge_moments(s, c, b, s2, c2, b2):
 def exp_neg_32(a):
     """exp(-a) for a >= 0, subnormal results included; NaN for NaN."""
     p, t = split_32(at_least(-a, f32(-105)), MAGIC + (BIAS + f32(24)), f32(2**-24))
-    return p * low_bits_exponent(t)
+    return rounded_product(p, low_bits_exponent(t))
 
 
 @scalar
@@ -496,7 +496,7 @@ def log1p_32(e):
     p = fma(p, h, f32(0.13261018693447113))
     p = fma(p, h, f32(-0.28852689266204834))
     p = fma(p, h, f32(0.8109301924705505))
-    return p * e
+    return rounded_product(p, e)
 
 
 @scalar

@@ -51,7 +51,8 @@ def one_thread():
 
 
 def pytest_collection_modifyitems(config, items):
-    if "mutants" not in config.getoption("-m"):
-        for item in items:
-            if item.get_closest_marker("mutants"):
-                item.add_marker(pytest.mark.skip(reason="slow, asked for with -m mutants"))
+    for marker in ("mutants", "architectures"):
+        if marker not in config.getoption("-m"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"slow, asked for with -m {marker}"))

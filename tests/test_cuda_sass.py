@@ -261,12 +261,21 @@ STACKS = {  # what there is nonetheless, of float64 alone
     ("_divergence", "float64", "sm_90"): "16 bytes stack frame, 16 bytes spill stores, 16 bytes spill loads",
     ("_js_grad", "float64", "sm_90"): "16 bytes stack frame, 16 bytes spill stores, 16 bytes spill loads",
 }
-each_dtype = pytest.mark.parametrize("dtype", LIKE, scope="module")  # one after the other, and what is compiled is kept
-each_arch = pytest.mark.parametrize("arch", ARCHS, scope="module")
+ORDINARY = {
+    *((dtype, "sm_90") for dtype in LIKE),
+    ("bfloat16", "sm_80"),
+    ("float32", "sm_100"),
+}  # others: a minute each
 
 
-@each_arch
-@each_dtype
+def each_case(*dtypes):
+    """Parameters (dtype, arch), a dtype after the other: what is compiled is kept."""
+    pairs = [(dtype, arch) for dtype in dtypes for arch in ARCHS]
+    marked = [pytest.param(*p, marks=() if p in ORDINARY else pytest.mark.architectures) for p in pairs]
+    return pytest.mark.parametrize("dtype, arch", marked, scope="module")
+
+
+@each_case(*LIKE)
 def test_no_local_memory(dtype, arch):
     """No stack, hence no LDL and no STL."""
     stacks = {(name, dtype, arch): stack for name, (_, stack) in machine_code(dtype, arch).items()}
@@ -303,8 +312,7 @@ STREAMS = {name for name in kernels_of(softmax) if "narrow" not in name} - {"_sh
 OVER_CLASSES = STREAMS | {name for name in kernels_of(softmax, sigmoid) if "narrow" in name or "binary" in name}
 
 
-@each_arch
-@each_dtype
+@each_case(*LIKE)
 def test_the_loops_over_classes(dtype, arch):
     """Loops that take exponentials have no float64 below float64, and those that stream rows load 16 bytes at a time
     and do nothing SLOW, but for one conversion a round in the entropy's."""
@@ -319,12 +327,8 @@ def test_the_loops_over_classes(dtype, arch):
             assert len(slow) <= (name == "_entropy"), (name, slow)
 
 
-below_float64 = pytest.mark.parametrize("dtype", LIMITS["sm_90"], scope="module")
-
-
 @pytest.mark.parametrize("name", FORWARD)
-@each_arch
-@below_float64
+@each_case("float16", "bfloat16", "float32")
 def test_the_inner_loop(dtype, arch, name):
     """Its body is one block: loads of 16 bytes, eight FFMA a class, nothing SLOW."""
     blocks = basic_blocks(machine_code(dtype, arch)[name][0])
@@ -337,8 +341,7 @@ def test_the_inner_loop(dtype, arch, name):
     assert len(body) / CLASSES <= LIMITS[arch][dtype]
 
 
-@each_arch
-@below_float64
+@each_case("float16", "bfloat16", "float32")
 def test_the_only_round(dtype, arch):
     """Rows of one round: all loads of a thread before the first is used, 11 instructions a class from there on."""
     blocks = basic_blocks(machine_code(dtype, arch)["_short_sparse_xent"][0])

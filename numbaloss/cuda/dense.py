@@ -277,7 +277,7 @@ def _dense_xent_grad(
         value = dense_loss(distance, mass, log1p_u, x, z_loss)
         mass, tilt = 1.0 if as_one else mass, rounded_product(2.0 * z_loss, x + log1p_u)
         p = 1.0 / (1.0 + u) if log1p_u == log1p_u else np.nan
-        a, b = second * (g * (mass + tilt)), second * (g * (2.0 * z_loss))
+        a, b = rounded_product(second, g * (mass + tilt)), rounded_product(second, g * (2.0 * z_loss))
         m, low, shift, factor, _ = grad_frame(zero, x, u, p if second != 0.0 else g * (mass + tilt) * p)
         top = g * dense_entry(mass, tilt, share_of(like, targets, r, where, y, class_weights), p, u * p)
         own = top
