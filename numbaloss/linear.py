@@ -208,7 +208,7 @@ def _linear_gradients(upstream, out, hidden, weight, targets, bias, reduction, c
         if name == "hidden":
             grads[name] = _check.gradient(x, layer.hidden, -1, name)
         else:
-            _check.like_argument(x, given[name], name)
+            _check.like_argument(x, given[name], name, layer.hidden)
             grads[name] = layer.xp.zeros(np.shape(given[name]), layer.dtype)
     slopes = _xent.slopes_of(q, upstream, _xent.divisor_of(q) if reduction == "mean" else None)
     value = _xent.reduced(q, layer.gradients(slopes, grads), reduction)
