@@ -167,37 +167,40 @@ def gradient(out, logits, axis, name="logits"):
     """The array that a gradient goes to: `out`, or a new one like the logits, in their memory order."""
     if out is None:
         return like_logits(logits, logits.dtype.newbyteorder("="), axis)
-    same_shape(out, "out", logits.shape, name)
-    if out.dtype != logits.dtype and not (out.dtype == np.float32 and logits.itemsize == 2):
-        raise TypeError(f"out: expected dtype {logits.dtype}, or float32 for 16 bits, got {out.dtype}")
-    if not is_cupy(out) and not out.flags.writeable:
-        raise ValueError("out: expected an array that can be written, got a read-only one")
+    out = output(out, logits, name)
     if out.size and readable(class_axis_last(out, axis, "out")) is None:
         raise ValueError("out: expected native byte order and at most two row strides, got another layout")
     return out
 
 
-def like_argument(out, argument, name, logits):
-    """The array that the gradient by an argument other than the logits goes to; None stays None."""
-    if argument is None:
-        raise ValueError(f"{name}: expected an argument to differentiate by, got None")
-    dtype = getattr(argument, "dtype", None)
-    dtype = result_dtype(logits) if dtype is None or carrier(dtype) is None else dtype.newbyteorder("=")
-    return output(out, np.shape(argument), np.dtype(dtype))
-
-
-def output(out, shape, *dtypes):
-    """The array that a derivative goes to: of this shape and one of these dtypes. None stays None."""
+def output(out, logits, name, argument=None):
+    """The array that the gradient by the logits, or by the argument that is given, goes to; None stays None."""
     if out is None:
         return None
-    out = array(out, "out")
-    if out.shape != shape:
-        raise ValueError(f"out: expected shape {shape}, got {out.shape}")
-    if out.dtype not in dtypes:
-        raise TypeError(f"out: expected dtype {' or '.join(map(str, dtypes))}, got {out.dtype}")
+    out, by_logits = array(out, "out"), argument is None
+    dtype = gradient_dtype(logits if by_logits else argument, logits)
+    same_shape(out, "out", np.shape(logits if by_logits else argument), name)
+    allowed = (dtype, np.dtype(np.float32)) if by_logits and dtype.itemsize == 2 else (dtype,)
+    if out.dtype not in allowed:
+        raise TypeError(f"out: expected dtype {' or '.join(map(str, allowed))}, got {out.dtype}")
     if not is_cupy(out) and not out.flags.writeable:
         raise ValueError("out: expected an array that can be written, got a read-only one")
     return out
+
+
+def gradient_dtype(argument, logits):
+    """That of an argument if it is an array of floats, else the losses'."""
+    dtype = getattr(argument, "dtype", None)
+    if dtype is None or carrier(dtype) is None:
+        return np.dtype(result_dtype(logits))
+    return dtype.newbyteorder("=")
+
+
+def differentiable(argument, name):
+    """Raise for a gradient by an argument that was not given."""
+    if argument is None:
+        raise ValueError(f"{name}: expected an argument to differentiate by, got None")
+    return argument
 
 
 def upstream(x, shape, logits):

@@ -7,25 +7,14 @@ that is never negative and has no cancellation: a polynomial of a^2 for a < NEAR
 from functools import wraps
 
 import numpy as np
-from numba import types
 from numba.extending import overload
 
-from ._scalar import at_least, exp_neg_32, exp_neg_64, f32, fma, log1p_32, rounded_product, scalar, select
-from ._typed import grad_of, softmax_frame
+from ._intrinsics import at_least, fma, rounded_product, select
+from ._scalar import f32, log1p_32, scalar
+from ._typed import by_precision, exp_neg, grad_of, number, softmax_frame
 
 LN2 = 0.6931471805599453
 NEAR = 1.5
-
-
-def number(like, c):
-    """The constant c in the precision of `like`."""
-
-
-@overload(number)
-def _number(like, c):
-    if getattr(like, "dtype", like) == types.float64:
-        return lambda like, c: np.float64(c)
-    return lambda like, c: f32(c)
 
 
 # -- curves, relative errors of the polynomials ------------------------------------------------------------------
@@ -148,26 +137,10 @@ def log1p_small_64(e):
     return rounded_product(p, e)
 
 
-def by_precision(single, double):
-    """A function of one number or vector: `single` for float32, `double` for float64."""
-
-    def function(x):
-        """See by_precision."""
-
-    @overload(function)
-    def _function(x):
-        if getattr(x, "dtype", x) == types.float64:
-            return lambda x: double(x)
-        return lambda x: single(x)
-
-    return function
-
-
 phi = by_precision(phi_32, phi_64)
 js_curve = by_precision(js_curve_32, js_curve_64)
 log_cosh = by_precision(log_cosh_32, log_cosh_64)
 log1p_small = by_precision(log1p_32, log1p_small_64)
-exp_neg = by_precision(exp_neg_32, exp_neg_64)
 
 
 # -- two rows ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ The sum is sum_i words[i] * 2^(32 i - 1074), so words of different accumulators 
 import numpy as np
 
 from ._check import FACTORS_OR_NONE, NOTHING
-from ._scalar import bits_float, float_bits, scalar
+from ._intrinsics import bits_float, float_bits
+from ._scalar import scalar
 
 SPAN = 68  # words of the sum: 64 * 32 bits hold every finite float64, the others the carries
 WORDS = SPAN + 5  # the last two stay 0: every number adds to three words

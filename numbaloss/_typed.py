@@ -4,6 +4,16 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from ._intrinsics import (
+    at_least,
+    bits_float,
+    fma,
+    from_bfloat16,
+    from_float16,
+    low_bits_exponent,
+    rounded_product,
+    select,
+)
 from ._scalar import (
     BIAS,
     BIAS_64,
@@ -14,28 +24,20 @@ from ._scalar import (
     MAGIC_64,
     ONE,
     ZERO,
-    at_least,
     binary_slope,
-    bits_float,
     by_side,
     exp_64,
     exp_neg_32,
     exp_neg_64,
     f32,
-    fma,
     focal_curvatures,
     focal_slopes,
     focal_sum,
     frame_32,
-    from_bfloat16,
-    from_float16,
     log1p_32,
     log1p_64,
-    low_bits_exponent,
     reference_32,
-    rounded_product,
     scalar,
-    select,
     sigmoid_loss,
     sigmoid_slope,
     split_32,
@@ -53,6 +55,26 @@ from ._scalar import (
 )
 
 LOW_64 = -709.0
+
+
+def precision_of(kind):
+    """The Numba type of a number, or of a Vector's items."""
+    return getattr(kind, "dtype", kind)
+
+
+def by_precision(single, double):
+    """A function of one number or vector: `single` for float32, `double` for float64."""
+
+    def function(x):
+        """See by_precision."""
+
+    @overload(function)
+    def _function(x):
+        if precision_of(x) == types.float64:
+            return lambda x: double(x)
+        return lambda x: single(x)
+
+    return function
 
 
 def widen(x):
@@ -79,24 +101,13 @@ def _compute_zero(like):
     return lambda like: ZERO
 
 
-def minus_inf(like):
-    """-inf in the precision that such logits are computed in."""
+def number(like, x):
+    """x in the precision that such logits, or such numbers or vectors, are computed in: that of their results."""
 
 
-@overload(minus_inf)
-def _minus_inf(like):
-    if like == types.float64:
-        return lambda like: -np.inf
-    return lambda like: -INF
-
-
-def as_result(like, x):
-    """x as the dtype of results for such logits."""
-
-
-@overload(as_result)
-def _as_result(like, x):
-    if like == types.float64:
+@overload(number)
+def _number(like, x):
+    if precision_of(like) == types.float64:
         return lambda like, x: np.float64(x)
     return lambda like, x: f32(x)
 
@@ -120,7 +131,7 @@ def term(x, low, m, total):
 
 @overload(term)
 def _term(x, low, m, total):
-    if getattr(x, "dtype", x) == types.float64:
+    if precision_of(x) == types.float64:
         return lambda x, low, m, total: term_64(x, low, m, total)
     return lambda x, low, m, total: term_32(x, low, m, total)
 
@@ -254,7 +265,7 @@ def grad_of(v, m, low, factor):
 
 @overload(grad_of)
 def _grad_of(v, m, low, factor):
-    if getattr(v, "dtype", v) == types.float64:
+    if precision_of(v) == types.float64:
 
         def grad_of_64(v, m, low, factor):
             p, t = split_64(at_least(v, low), m)
@@ -272,15 +283,9 @@ def _grad_of(v, m, low, factor):
 # -- one logit, two classes --------------------------------------------------------------------------------------
 
 
-def exp_neg(a):
-    """exp(-a) for a >= 0."""
-
-
-@overload(exp_neg)
-def _exp_neg(a):
-    if a == types.float64:
-        return lambda a: exp_neg_64(a)
-    return lambda a: exp_neg_32(a)
+exp_neg = by_precision(exp_neg_32, exp_neg_64)  # exp(-a) for a >= 0
+tanh = by_precision(tanh_32, tanh_64)
+tanh_slope = by_precision(tanh_slope_32, tanh_slope_64)  # 1 - tanh(x)^2, without cancellation
 
 
 def log1p(e):
@@ -292,28 +297,6 @@ def _log1p(e):
     if e == types.float64:
         return lambda e: select(e == e, log1p_64(e), e)
     return lambda e: log1p_32(e)
-
-
-def tanh(x):
-    """tanh_32 or tanh_64; vectors too."""
-
-
-@overload(tanh)
-def _tanh(x):
-    if getattr(x, "dtype", x) == types.float64:
-        return lambda x: tanh_64(x)
-    return lambda x: tanh_32(x)
-
-
-def tanh_slope(x):
-    """1 - tanh(x)^2, without cancellation; vectors too."""
-
-
-@overload(tanh_slope)
-def _tanh_slope(x):
-    if getattr(x, "dtype", x) == types.float64:
-        return lambda x: tanh_slope_64(x)
-    return lambda x: tanh_slope_32(x)
 
 
 # x: a logit, z: its label, q: None, a pos_weight, or the focal loss's (factor of the positive part, of the negative
@@ -461,7 +444,7 @@ def capped(x, cap):
         y = fma(x, scale, x * rest)
     else:
         y = scale * tanh(inverse * x)
-    return select(abs(x) < -minus_inf(zero), y, x)
+    return select(abs(x) < number(zero, np.inf), y, x)
 
 
 @scalar

@@ -1,6 +1,6 @@
 """Sixteen floats as one value of compiled code, so that a hot loop need not hope for LLVM's vectoriser.
 
-A function of scalars that is written with +, -, * and the intrinsics of _scalar takes vectors too, scalars among them
+A function of scalars that is written with +, -, * and _intrinsics takes vectors too, scalars among them
 counting sixteen times, and rounds each lane as it would a scalar. LLVM splits a vector into the machine's registers;
 on CUDA, into those of the thread.
 """

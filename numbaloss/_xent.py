@@ -6,7 +6,7 @@ import numpy as np
 
 from . import _check
 from ._backend import array_module, is_cupy, kernels
-from .totals import sum_to
+from .totals import handed_over
 
 IGNORED = -100  # ignore_index unless given
 
@@ -211,7 +211,7 @@ def weight_gradients(q, loss, upstream, divisor, mean, weights, out):
     factors = q.y, q.weights, q.class_weights if q.dense is None else None, not q.plain, q.ignore_index
     totals = kernels("totals", logits=q.x)
     totals.weight_slopes(flat.size, flat.size, flat, upstream, divisor, mean, *factors, grad)
-    return _handed_over(grad.reshape(q.shape), weights, out)
+    return handed_over(grad.reshape(q.shape), weights, q.logits, out)
 
 
 def label_gradients(q, slopes, labels, out):
@@ -223,15 +223,5 @@ def label_gradients(q, slopes, labels, out):
         kernel((end - begin) * q.classes, end - begin, *parts[0][:2], True, flat[begin:end])
     factors = _class_weights(q), q.weights, 1.0 - q.smoothing, slopes
     kernels("dense", logits=q.x).label_slopes(grad.size, len(flat), flat, *factors)
-    return _handed_over(array_module(q.x).moveaxis(grad, -1, _check.axis_index(q.axis, q.logits.ndim)), labels, out)
-
-
-def _handed_over(grad, argument, out):
-    """A gradient in the shape and, if those are floats, the dtype of its argument, and in `out` if that is given."""
-    kind = getattr(argument, "dtype", None)
-    kind = grad.dtype if kind is None or _check.carrier(kind) is None else kind.newbyteorder("=")
-    grad = sum_to(grad, np.shape(argument)).astype(kind, copy=False)
-    if out is None:
-        return _check.result(grad)
-    out[...] = grad
-    return out
+    grad = array_module(q.x).moveaxis(grad, -1, _check.axis_index(q.axis, q.logits.ndim))
+    return handed_over(grad, labels, q.logits, out)

@@ -207,10 +207,12 @@ def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):
     targets = [name for name in out if name in ("labels", "targets")]
     if targets and q.dense is None:
         raise TypeError(f"{targets[0]}: expected class probabilities for a gradient, got dtype {q.given.dtype}")
-    others = {name: x for name, x in out.items() if name != "logits"}
-    grads = {name: _check.like_argument(x, arguments[name], name, q.logits) for name, x in others.items()}
-    if "logits" in out:
-        grads["logits"] = _check.gradient(out["logits"], q.logits, q.axis)
+    grads = {}
+    for name, x in out.items():
+        if name == "logits":
+            grads[name] = _check.gradient(x, q.logits, q.axis)
+        else:
+            grads[name] = _check.output(x, q.logits, name, _check.differentiable(arguments[name], name))
     slopes = _xent.slopes_of(q, upstream, divisor)
     for name in targets:  # before the logits may be overwritten
         grads[name] = _xent.label_gradients(q, slopes, arguments[name], grads[name])

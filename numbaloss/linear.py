@@ -7,6 +7,7 @@ import numpy as np
 from . import _check, _xent
 from ._backend import array_module, is_cupy, kernels, on_its_device
 from .softmax import _cross_entropy_rows
+from .totals import handed_over
 
 TILE = {"numpy": 512, "cupy": 1024}  # rows of a matmul, or half as many: by no chunk, for bits may depend on how many
 CHUNK = {"numpy": 1 << 26, "cupy": 1 << 29}  # bytes of logits and hidden rows at a time, unless given
@@ -208,11 +209,11 @@ def _linear_gradients(upstream, out, hidden, weight, targets, bias, reduction, c
         if name == "hidden":
             grads[name] = _check.gradient(x, layer.hidden, -1, name)
         else:
-            _check.like_argument(x, given[name], name, layer.hidden)
+            _check.output(x, layer.hidden, name, _check.differentiable(given[name], name))
             grads[name] = layer.xp.zeros(np.shape(given[name]), layer.dtype)
     slopes = _xent.slopes_of(q, upstream, _xent.divisor_of(q) if reduction == "mean" else None)
     value = _xent.reduced(q, layer.gradients(slopes, grads), reduction)
     for name, x in out.items():
         if name != "hidden":
-            grads[name] = _xent._handed_over(grads[name], given[name], x)
+            grads[name] = handed_over(grads[name], given[name], layer.hidden, x)
     return value, grads

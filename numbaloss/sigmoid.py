@@ -4,7 +4,7 @@ import numpy as np
 
 from . import _check
 from ._backend import array_module, kernels, on_its_device
-from .totals import sum_to
+from .totals import handed_over
 
 
 @on_its_device
@@ -115,15 +115,15 @@ def _checked(labels, logits):
 
 
 def _factor(x, name, logits):
-    """(x as an array, x for each element: an array of logits' shape, or a number for all); None stays None."""
+    """x for each element: an array of logits' shape, or a number for all; None stays None."""
     if x is None:
-        return None, None
+        return None
     x = _check.number_array(x, name, None if np.size(x) == 1 else logits)
     try:
         wide = array_module(x).broadcast_to(x, logits.shape)
     except ValueError:
         raise ValueError(f"{name}: expected a shape that broadcasts to logits {logits.shape}, got {x.shape}") from None
-    return x, float(x.reshape(())) if type(x) is np.ndarray and x.size == 1 else wide
+    return float(x.reshape(())) if type(x) is np.ndarray and x.size == 1 else wide
 
 
 def _views(logits, *arrays):
@@ -142,7 +142,7 @@ def _views(logits, *arrays):
 
 def _binary(labels, logits, pos_weight=None, focal=None):
     labels, logits = _checked(labels, logits)
-    _, weight = _factor(pos_weight, "pos_weight", logits)
+    weight = _factor(pos_weight, "pos_weight", logits)
     family = kernels("sigmoid", logits=logits, labels=labels, pos_weight=weight)
     (x, z, weight), back = _views(logits, labels, weight)
     loss = array_module(x).empty(x.shape, _check.result_dtype(x))
@@ -191,38 +191,27 @@ def _with_hessian(upstream, hessian, *arguments, **options):
 def _derivatives(upstream, out, labels, logits, pos_weight=None, focal=None, hessian=False):
     """(loss, {name: gradient of sum(upstream * loss)} for the names in `out`, the diagonal of its Hessian or None)."""
     given, (labels, logits) = {"labels": labels, "pos_weight": pos_weight}, _checked(labels, logits)
-    pos_weight, weight = _factor(pos_weight, "pos_weight", logits)
-    _, slope = _factor(upstream, "upstream", logits)
-    result, dtypes, outs = np.dtype(_check.result_dtype(logits)), {}, {}
-    for name in out:
-        x = {"logits": logits, "labels": labels, "pos_weight": pos_weight}[name]
-        is_own = name == "logits" or (hasattr(given[name], "dtype") and _check.carrier(x.dtype) is not None)
-        dtypes[name] = x.dtype.newbyteorder("=") if is_own else result
-        also = [result] if name == "logits" and x.itemsize == 2 else []
-        outs[name] = _check.output(out[name], x.shape, dtypes[name], *also)
+    weight = _factor(pos_weight, "pos_weight", logits)
+    slope = _factor(upstream, "upstream", logits)
+    outs = {name: _check.output(x, logits, name, given.get(name)) for name, x in out.items()}
     arrays = {"logits": logits, "labels": labels, "pos_weight": weight, "upstream": slope}
     family = kernels("sigmoid", **arrays, **{f"out for {name}": x for name, x in outs.items()})
     (*operands, target), back = _views(*arrays.values(), outs.get("logits"))
 
-    def room(wanted, dtype=result):
+    def room(wanted, dtype=_check.result_dtype(logits)):
         return array_module(logits).empty(operands[0].shape, dtype) if wanted else None
 
     if "logits" in out and target is None:
-        target = room(True, dtypes["logits"])
+        target = room(True, logits.dtype.newbyteorder("="))
     loss, by_label, by_weight, hess = map(room, (True, "labels" in out, "pos_weight" in out, hessian))
     if logits.size:
         _run(family, operands, focal, target, loss, by_label, by_weight, hess)
-    found, grads = {"logits": target, "labels": by_label, "pos_weight": by_weight}, {}
-    for name, given_out in outs.items():
-        grad = back(found[name])
-        if name == "pos_weight":
-            grad = sum_to(grad, pos_weight.shape)
-        if given_out is None:
-            grads[name] = _check.result(grad.astype(dtypes[name], copy=False))
+    grads = {"labels": by_label, "pos_weight": by_weight}
+    for name, x in outs.items():
+        if name != "logits":
+            grads[name] = handed_over(back(grads[name]), given[name], logits, x)
         else:
-            if name != "logits":
-                given_out[...] = grad
-            grads[name] = given_out
+            grads[name] = _check.result(back(target)) if x is None else x
     return back(loss), grads, back(hess) if hessian else None
 
 
@@ -235,10 +224,8 @@ def _run(family, operands, focal, target, *results):
             raise ValueError("out: expected native byte order and at most two row strides, got another layout")
     arguments, kept = [], []
     for x in operands:
-        if hasattr(x, "ndim") and _check.readable(x) is None:
-            xp, is_float = array_module(x), _check.carrier(x.dtype) is not None
-            dtype = x.dtype.newbyteorder("=") if is_float else results[0].dtype
-            x = xp.ascontiguousarray(xp.array(x, dtype))  # the first aligns, the second orders
+        if hasattr(x, "ndim"):
+            x = _check.in_reach(x, operands[0])
             kept.append(x)
         arguments += _check.readable(x) if hasattr(x, "ndim") else (np.float32(0), x)
     if focal is not None:

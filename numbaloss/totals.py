@@ -179,3 +179,13 @@ def sum_to(x, shape):
     sums, count = xp.empty(rows, x.dtype), math.prod(x.shape[axis] for axis in summed)
     totals.row_totals(terms.size, rows, terms, None, count, count, 1, _check.NOTHING, sums, None)
     return sums.reshape(shape)
+
+
+def handed_over(grad, argument, logits, out):
+    """A gradient by an argument, which was broadcast to this shape: in the argument's shape and dtype, and in `out` if
+    that is given."""
+    grad = sum_to(grad, np.shape(argument)).astype(_check.gradient_dtype(argument, logits), copy=False)
+    if out is None:
+        return _check.result(grad)
+    out[...] = grad
+    return out

@@ -17,7 +17,7 @@ import simt
 from numba import njit
 from simt import MEMORY, scalar_twin, twin
 
-from numbaloss import _check, _divergence_scalar, _scalar, _typed, _vector
+from numbaloss import _check, _divergence_scalar, _intrinsics, _typed, _vector
 from numbaloss.cuda import _launch, _memory, divergence
 from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
@@ -263,17 +263,24 @@ def neighbours(like, position, begin, end, team=32):
             yield k * n + first, step + first, count
 
 
+@twin(_memory.load_once)
+def load_once(like, address, stride, position, begin, end):
+    """Items outside of [begin, end) are -inf and not touched."""
+    n, dtype, position = per_load(like), dtype_of(like), int(position)
+    first, last = max(int(begin) - position, 0), min(int(end) - position, n)
+    if last - first == n and stride == dtype.itemsize and address % 16 == 0:
+        return widened(MEMORY.view(address, 16, 16).view(dtype))
+    result = np.full(n, -np.inf, precision(like))
+    for i in range(first, last):
+        result[i] = widen(load_item(address + i * stride, dtype))
+    return result
+
+
 @twin(_memory.load_part)
 def load_part(like, address, stride, position, begin, end, team):
-    dtype = dtype_of(like)
-    result = np.full(WIDTH, -np.inf, precision(like))
-    for k, step, count in neighbours(like, position, begin, end, team):
-        if stride == dtype.itemsize and address % 16 == 0 and count == per_load(like):
-            result[k : k + count] = widened(MEMORY.view(address + step * stride, 16, 16).view(dtype))
-        else:
-            for i in range(count):
-                result[k + i] = widen(load_item(address + (step + i) * stride, dtype))
-    return result
+    n, team = per_load(like), int(team)
+    steps = range(0, WIDTH * team, n * team)
+    return np.concatenate([load_once(like, address + k * stride, stride, position + k, begin, end) for k in steps])
 
 
 @twin(_memory.fill)
@@ -365,9 +372,9 @@ def butterfly(cuda):
 
 @njit
 def _largest_key(v):
-    best = _scalar.ordered_bits(v[0] + v.dtype.type(0))
+    best = _intrinsics.ordered_bits(v[0] + v.dtype.type(0))
     for x in v:
-        best = max(best, _scalar.ordered_bits(x + v.dtype.type(0)))
+        best = max(best, _intrinsics.ordered_bits(x + v.dtype.type(0)))
     return np.int64(best)
 
 
@@ -404,20 +411,20 @@ def compute_zero(like):
     return np.float64(0) if isinstance(like, float) else np.float32(0)
 
 
-@twin(_typed.as_result)
-def as_result(like, x):
+@twin(_typed.number)
+def number(like, x):
     return np.float64(x) if isinstance(like, float) else np.float32(x)
 
 
 # -- functions of scalars that take vectors ------------------------------------------------------------------------
 
-_scalar_fma, _scalar_at_least, _scalar_term = (scalar_twin(f) for f in (_scalar.fma, _scalar.at_least, _typed.term))
+_scalar_fma, _scalar_at_least, _scalar_term = map(scalar_twin, (_intrinsics.fma, _intrinsics.at_least, _typed.term))
 
 
 @njit(error_model="numpy")
 def _fma_each(a, b, c, out):
     for i in range(out.size):
-        out[i] = _scalar.fma(a[i], b[i], c[i])
+        out[i] = _intrinsics.fma(a[i], b[i], c[i])
 
 
 @njit(error_model="numpy")
@@ -448,7 +455,7 @@ def _spread(like, *operands):
     return [x if isinstance(x, np.ndarray) else np.full(like.size, x, like.dtype) for x in operands]
 
 
-@twin(_scalar.fma)
+@twin(_intrinsics.fma)
 def fma(a, b, c):
     vector = next((x for x in (a, b, c) if isinstance(x, np.ndarray)), None)
     if vector is None:
@@ -458,7 +465,7 @@ def fma(a, b, c):
     return out
 
 
-@twin(_scalar.at_least)
+@twin(_intrinsics.at_least)
 def at_least(x, low):
     """float32 has max.NaN there, which differs where `low` is NaN and where both are zeros."""
     if (x if isinstance(x, np.ndarray) else low).dtype == np.float32:
@@ -475,12 +482,12 @@ def term(x, low, m, total):
     return out, t
 
 
-@twin(_scalar.select)
+@twin(_intrinsics.select)
 def select(condition, a, b):
     return np.where(condition, a, b) if isinstance(condition, np.ndarray) else a if condition else b
 
 
-@twin(_scalar.rounded_product)
+@twin(_intrinsics.rounded_product)
 def rounded_product(a, b):
     return a * b
 
@@ -521,7 +528,7 @@ def _of_term(term):
     def accumulate(x, y, frame, total):
         for i in range(x.size):
             factor, value = term(x[i], y[i], frame)
-            total[i] = _scalar.fma(factor, value, total[i])
+            total[i] = _intrinsics.fma(factor, value, total[i])
 
     return accumulate, njit(lambda *args: divergence.entry(term, *args))
 
@@ -541,8 +548,3 @@ def entry(term, x, y, frame, mean, scale):
 @twin(_divergence_scalar.two_frames)
 def two_frames(p, q, shift):
     return tuple(map(type(p[0]), _divergence_scalar.two_frames(p, q, shift)))
-
-
-@twin(_divergence_scalar.number)
-def number(like, c):
-    return type(like)(c)

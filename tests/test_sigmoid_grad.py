@@ -302,7 +302,7 @@ def test_errors():
     x, z = make_logits(4, 10), soft((4, 10))
     before, run = x.copy(), nl.value_and_grad(WEIGHTED)
     for error, match, call in (
-        (ValueError, r"out: expected shape \(4, 10\), got \(10, 4\)", lambda: run(z, x, 2.0, out=x.T)),
+        (ValueError, r"out: expected shape \(4, 10\) to match logits, got \(10, 4\)", lambda: run(z, x, 2.0, out=x.T)),
         (TypeError, "out: expected dtype float32, got float64", lambda: run(z, x, 2.0, out=np.empty((4, 10)))),
         (ValueError, "out: .* read-only", lambda: run(z, x, 2.0, out=np.broadcast_to(np.float32(0), (4, 10)))),
         (ValueError, "upstream: expected a shape that broad", lambda: run(z, x, 2.0, upstream=np.ones(4), out=x)),

@@ -16,7 +16,7 @@ import simt
 from numba import cuda, njit, types
 from numba.core.errors import NumbaError
 
-from numbaloss import _scalar, _typed
+from numbaloss import _intrinsics, _scalar, _typed
 from numbaloss.cuda import _memory
 from numbaloss.cuda._memory import WIDTH, load, store
 
@@ -237,11 +237,11 @@ def test_scalars_keep_their_types():
     twin = simt.scalar_twin(_scalar.exponent_32)
     assert type(twin(np.float32(3))) is np.float32
     assert [type(x) for x in simt.scalar_twin(_scalar.frame_32)(np.float32(3), np.float32(127))] == [np.float32] * 2
-    assert type(simt.scalar_twin(_typed.as_result)(np.float32(0), 0.5)) is np.float32
-    assert type(simt.scalar_twin(_scalar.float_bits)(np.float32(1))) is np.int32
+    assert type(simt.scalar_twin(_typed.number)(np.float32(0), 0.5)) is np.float32
+    assert type(simt.scalar_twin(_intrinsics.float_bits)(np.float32(1))) is np.int32
 
 
 def test_device_functions_take_no_float64_for_float32():
     """What NumPy would let pass: Numba types are the compiler's, and test_cuda_sass.py compiles every kernel."""
     with pytest.raises((NumbaError, TypeError, AttributeError)):
-        simt.scalar_twin(_scalar.fma)(np.float32(1), 1.0, np.float32(1))
+        simt.scalar_twin(_intrinsics.fma)(np.float32(1), 1.0, np.float32(1))

@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from .._intrinsics import at_least, bits_float, float_bits, fma, ordered_bits, select
 from .._scalar import (
     BIAS,
     EXP_LIMIT,
@@ -17,16 +18,10 @@ from .._scalar import (
     INV_LOG2E,
     LANES,
     ZERO,
-    at_least,
-    bits_float,
     exponent_32,
     f32,
-    float_bits,
-    fma,
     frame_32,
-    ordered_bits,
     power_of_two,
-    select,
     term_32,
 )
 from .._typed import compute_zero, item_size, key_value, shifted_frame, term, widen

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from .._scalar import at_least, select
+from .._intrinsics import at_least, select
 from .._typed import compute_zero, item_size, row_frame, term, widen
 from .._vector import WIDTH
 from ._chunks import fold_vectors

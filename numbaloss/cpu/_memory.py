@@ -12,7 +12,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
-from .._scalar import LANES, narrow, widen_half
+from .._intrinsics import narrow, widen_half
+from .._scalar import LANES
 from .._typed import item_size
 from .._vector import WIDTH, Vector, spread
 

@@ -9,8 +9,9 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64, fma, rounded_product, select
-from .._typed import as_result, compute_zero, grad_frame, grad_of, widen
+from .._intrinsics import fma, rounded_product, select
+from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64
+from .._typed import compute_zero, grad_frame, grad_of, number, widen
 from ._chunks import fold_lanes
 from ._launch import Kernel
 from ._memory import TILE_BYTES, gather, out_of_line, span, stack
@@ -61,7 +62,7 @@ def _label_tile(like, targets, r, begin, size, spare):
     def dense(like, targets, r, begin, size, spare):
         like_labels, rows, keep, rest = targets[0], targets[1:7], targets[7], targets[8]
         at = gather(like_labels, row_address(rows, r) + begin * rows[4], rows[4], size, spare)
-        return span(like_labels, at, size), as_result(like, keep), as_result(like, rest)
+        return span(like_labels, at, size), number(like, keep), number(like, rest)
 
     return dense
 
@@ -94,7 +95,7 @@ def _weight_of(class_weights, j, one):
 def share_of(like, targets, r, j, y, class_weights, spare):
     """What class j of row r has a share of, as float64."""
     hot, rest = shares(targets)
-    label = label_of(label_tile(like, targets, r, j, 1, spare), np.uint64(0), j, class_weights, as_result(like, 1.0))
+    label = label_of(label_tile(like, targets, r, j, 1, spare), np.uint64(0), j, class_weights, number(like, 1.0))
     return rounded_product(rest + (hot if j == y else 0.0), np.float64(label))
 
 
@@ -148,7 +149,7 @@ def share_sums(like, rows, address, targets, r, y, class_weights, largest, rooms
         mass += fold_lanes(zero, lanes_2, min(LANES, end - chunk))
     if y < 0:
         return distance, mass
-    weight = hot * np.float64(weight_of(class_weights, y, as_result(like, 1.0)))
+    weight = hot * np.float64(weight_of(class_weights, y, number(like, 1.0)))
     apart = np.float64(largest) - np.float64(widen(span(like, address + y * stride, 1)[0]))
     own = weight * apart if weight != 0.0 else 0.0
     return fma(rest, distance, own), fma(rest, mass, weight)

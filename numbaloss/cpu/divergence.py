@@ -15,15 +15,15 @@ from .._divergence_scalar import (
     js_term,
     kl_slope,
     kl_term,
-    number,
     reverse_term,
     settled,
     slope_of,
     slope_scale,
     two_frames,
 )
-from .._scalar import CHUNK, LANES, fma
-from .._typed import compute_zero, item_size
+from .._intrinsics import fma
+from .._scalar import CHUNK, LANES
+from .._typed import compute_zero, item_size, number
 from .._vector import WIDTH
 from ._chunks import fold_lanes
 from ._launch import Kernel

@@ -10,17 +10,15 @@ from .._typed import (
     by_upstream,
     curvature,
     exp_neg,
-    item_size,
     log1p,
     slope_by_label,
     slope_by_logit,
     slope_by_pos_weight,
     widen,
 )
-from .._vector import WIDTH
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, load, span, stack, store_as, store_item
-from ._rows import row_address
+from ._memory import TILE_BYTES, gather, span, stack
+from ._rows import row_address, write_tile
 
 TILE = LANES
 
@@ -133,9 +131,9 @@ def _binary_grad(
                 curvature_tile(x, z, q, g, e, log1p_e, hess[r, begin:end])
             value_tile(x, z, q, log1p_e, loss[r, begin:end])
             if out_rows is not None:
-                slopes = span(zero, room_3, size)
-                slope_tile(x, z, q, g, e, log1p_e, slopes)
-                write_tile(room_3, slopes, like_out, row_address(out_rows, r) + begin * out_rows[4], out_rows[4])
+                slope_tile(x, z, q, g, e, log1p_e, span(zero, room_3, size))
+                out = row_address(out_rows, r) + begin * out_rows[4]
+                write_tile(zero, room_3, size, like_out, out, out_rows[4], room)
 
 
 binary_grad = Kernel(_binary_grad)
@@ -172,15 +170,3 @@ def tile_of(derivative):
 
 slope_tile, label_slope_tile = tile_of(slope_by_logit), tile_of(slope_by_label)
 pos_weight_slope_tile, curvature_tile = tile_of(slope_by_pos_weight), tile_of(curvature)
-
-
-@njit
-def write_tile(source, values, like_out, to, stride):
-    """Write values, which lie at `source`, `stride` bytes apart, rounded to the type of `like_out`."""
-    if stride == item_size(like_out):
-        for i in range(0, values.size, WIDTH):
-            v = load(values.dtype.type(0), source + i * values.itemsize)
-            store_as(like_out, to + i * stride, v, values.size - i)
-    else:
-        for i in range(values.size):
-            store_item(like_out, to + i * stride, values[i])

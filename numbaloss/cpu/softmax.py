@@ -4,6 +4,7 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
+from .._intrinsics import select
 from .._scalar import (
     CHUNK,
     LANES,
@@ -12,7 +13,6 @@ from .._scalar import (
     others_to_target,
     row_entropy,
     scale_of,
-    select,
     target_loss,
     target_lse,
     top_of,

@@ -6,7 +6,8 @@ from numba.extending import overload
 
 from .._check import CLASS_FACTORS, NO_LABEL, NONZERO_OR_NONE
 from .._exact import CARRY_EVERY, WORDS, carry, number_words, quotient, round_sum
-from .._scalar import focal_row, focal_row_slope, rounded_product
+from .._intrinsics import rounded_product
+from .._scalar import focal_row, focal_row_slope
 from ._launch import Kernel
 from ._memory import write
 

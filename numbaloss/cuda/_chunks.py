@@ -9,6 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .._intrinsics import at_least, bits_float, float_bits, fma, ordered_bits, select
 from .._scalar import (
     BIAS,
     CHUNK,
@@ -18,18 +19,12 @@ from .._scalar import (
     INV_LOG2E,
     LANES,
     ZERO,
-    at_least,
-    bits_float,
     exponent_32,
     f32,
-    float_bits,
-    fma,
     frame_32,
-    ordered_bits,
     power_of_two,
-    select,
 )
-from .._typed import compute_zero, item_size, key_value, minus_inf, row_frame, shifted_frame, term, widen
+from .._typed import compute_zero, item_size, key_value, number, row_frame, shifted_frame, term, widen
 from .._vector import most_bits_of
 from ._launch import cuda, device
 from ._memory import (
@@ -114,7 +109,7 @@ def chunk_max(like, address, stride, size, skip):
     """The largest key (ordered_bits) of `size` logits but for the one at `skip`; that of a positive NaN is larger."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
-    best = np.int64(ordered_bits(minus_inf(like)))
+    best = np.int64(ordered_bits(number(like, -np.inf)))
     for p in range(np.int32(0), end, np.int32(LANES)):
         best = max(best, largest_key(load_step(like, base, stride, p, begin, end, skip, WARP)))
     return warp_max(best)

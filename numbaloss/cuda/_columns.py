@@ -4,7 +4,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import at_least
+from .._intrinsics import at_least
 from .._typed import compute_zero, item_size, row_frame, term, widen
 from ._launch import cuda, device
 from ._memory import load

@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .._scalar import narrow, on_cuda, widen_half
+from .._intrinsics import narrow, on_cuda, widen_half
 from .._vector import Vector, VectorModel, spread, vector_ir
 from ._launch import register_model
 
@@ -198,55 +198,74 @@ def load_vector(typingctx, like, address, team):
     return _wide(like)(like, types.int64, types.int32), codegen
 
 
+def _load_inside(builder, like, address, stride, position, begin, end):
+    """A load of items `stride` bytes apart, as four integers. Items at positions outside of [begin, end) are -inf and
+    are not touched. One instruction if all are inside, side by side and at 16 bytes."""
+    n, size = _per_load(like), like.bitwidth // 8
+    low = ir.Constant(_item(like), {types.uint16: 0xFF80, types.int16: 0xFC00}.get(like, -math.inf))
+    close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
+    aligned = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, 15)), ir.Constant(_I64, 0))
+    inside = builder.icmp_signed("<=", builder.add(position, _c32(n)), end)
+    if begin is not None:
+        inside = builder.and_(inside, builder.icmp_signed(">=", position, begin))
+    low_words = _words(builder, _pack(builder, [low] * n, ir.VectorType(_item(like), n)))
+
+    def single(step, k):
+        here = builder.icmp_signed("<", _c32(k), builder.sub(end, position))
+        if begin is not None:
+            here = builder.and_(here, builder.icmp_signed(">=", builder.add(position, _c32(k)), begin))
+        before = builder.block
+        with builder.if_then(here):
+            x = builder.load(_pointer(builder, _step(builder, address, step, k), _item(like)), align=size)
+            loaded = builder.block
+        return _phi(builder, (low, before), (x, loaded))
+
+    before = builder.block
+    with builder.if_then(builder.icmp_signed("<", position, end)):
+        with builder.if_else(builder.and_(builder.and_(close, aligned), inside)) as (whole, part):
+            with whole:
+                together, end_of_whole = _load_words(builder, address), builder.block
+            with part:
+                step = _anew(builder, stride)
+                apart = [single(step, k) for k in range(n)]
+                apart, end_of_part = (
+                    _words(builder, _pack(builder, apart, ir.VectorType(_item(like), n))),
+                    builder.block,
+                )
+        loaded = [_phi(builder, (x, end_of_whole), (y, end_of_part)) for x, y in zip(together, apart)]
+        end_of_load = builder.block
+    return [_phi(builder, (x, before), (y, end_of_load)) for x, y in zip(low_words, loaded)]
+
+
+@intrinsic
+def load_once(typingctx, like, address, stride, position, begin, end):
+    """A Vector of one load: items `stride` bytes apart, the first at this position of its row. Items at positions
+    outside of [begin, end) are -inf and are not touched."""
+    result = Vector(_wide(like).dtype, _per_load(like))
+
+    def codegen(context, builder, sig, args):
+        items = _widen_words(context, builder, like, _load_inside(builder, like, *args[1:]))
+        return _pack(builder, items, vector_ir(result))
+
+    return result(like, types.int64, types.int64, types.int32, types.int32, types.int32), codegen
+
+
 @intrinsic
 def load_part(typingctx, like, address, stride, position, begin, end, team):
     """As load_vector for items `stride` bytes apart, the first at this position of its row. Items at positions outside
-    of [begin, end) are -inf and are not touched; `begin` is less than a load. A load whose items are all inside is one,
-    if it is at 16 bytes.
+    of [begin, end) are -inf and are not touched; `begin` is less than a load.
 
     Items are put together as they lie in memory and widened at the end, so that no load waits for another.
     """
-    n, size = _per_load(like), like.bitwidth // 8
-    low = {types.uint16: 0xFF80, types.int16: 0xFC00}.get(like, -math.inf)
+    n = _per_load(like)
 
     def codegen(context, builder, sig, args):
         _, address, stride, position, begin, end, team = args
-        close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
-        aligned = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, 15)), ir.Constant(_I64, 0))
-        close = builder.and_(close, aligned)
-        low_item = ir.Constant(_item(like), low)
-        low_words = _words(builder, _pack(builder, [low_item] * n, ir.VectorType(_item(like), n)))
         step = builder.mul(team, _c32(n))
         far = builder.mul(stride, builder.sext(step, _I64))
-
-        def single(address, stride, k, first):
-            inside = builder.icmp_signed("<", _c32(k), builder.sub(end, position))
-            if first:
-                inside = builder.and_(inside, builder.icmp_signed(">=", builder.add(position, _c32(k)), begin))
-            before = builder.block
-            with builder.if_then(inside):
-                x = builder.load(_pointer(builder, _step(builder, address, stride, k), _item(like)), align=size)
-                loaded = builder.block
-            return _phi(builder, (low_item, before), (x, loaded))
-
         words = []
         for g in range(WIDTH // n):
-            inside = builder.icmp_signed("<=", builder.add(position, _c32(n)), end)
-            if g == 0:
-                inside = builder.and_(inside, builder.icmp_signed(">=", position, begin))
-            before = builder.block
-            with builder.if_then(builder.icmp_signed("<", position, end)):
-                with builder.if_else(builder.and_(close, inside)) as (whole, part):
-                    with whole:
-                        together, end_of_whole = _load_words(builder, address), builder.block
-                    with part:
-                        step_here = _anew(builder, stride)
-                        apart = [single(address, step_here, k, g == 0) for k in range(n)]
-                        apart = _words(builder, _pack(builder, apart, ir.VectorType(_item(like), n)))
-                        end_of_part = builder.block
-                loaded = [_phi(builder, (x, end_of_whole), (y, end_of_part)) for x, y in zip(together, apart)]
-                end_of_load = builder.block
-            words.append([_phi(builder, (x, before), (y, end_of_load)) for x, y in zip(low_words, loaded)])
+            words.append(_load_inside(builder, like, address, stride, position, None if g else begin, end))
             position, address = builder.add(position, step), builder.add(address, far)
         items = [x for w in words for x in _widen_words(context, builder, like, w)]
         return _pack(builder, items, vector_ir(sig.return_type))

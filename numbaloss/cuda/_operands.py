@@ -6,7 +6,7 @@ import cupy
 import numpy as np
 
 from .._check import NO_LABEL, address_of, row_steps
-from .._scalar import from_bfloat16, from_float16
+from .._intrinsics import from_bfloat16, from_float16
 from ._launch import device, kept
 from ._memory import load
 

@@ -8,20 +8,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import (
-    CHUNK,
-    LANES,
-    bits_float,
-    exp_64,
-    f32,
-    float_bits,
-    fma,
-    merge_moments,
-    ordered_bits,
-    others_to_target,
-    target_loss,
-)
-from .._typed import as_result, compute_zero, item_size, key_value, minus_inf, widen
+from .._intrinsics import bits_float, float_bits, fma, ordered_bits
+from .._scalar import CHUNK, LANES, exp_64, f32, merge_moments, others_to_target, target_loss
+from .._typed import compute_zero, item_size, key_value, number, widen
 from ._chunks import (
     NO_GUESS,
     WARP,
@@ -184,7 +173,7 @@ def score_row(like, rows, address, skip, target, ranked, room):
     _, warp, warps = team_of(classes)
     chunks, larger = np.int32((classes + CHUNK - 1) // CHUNK), np.int64(0)
     at_once = chunks < PARTS and (chunks > 1 or skip >= 0)
-    best, found, where, s, c = np.int64(ordered_bits(minus_inf(like))), np.int32(0), np.int64(-1), 0.0, -np.inf
+    best, found, where, s, c = np.int64(ordered_bits(number(like, -np.inf))), np.int32(0), np.int64(-1), 0.0, -np.inf
     for again in range(2):
         first = np.int32(0)
         while first < chunks:
@@ -302,7 +291,7 @@ def part_moments(like, rows, address, begin, skip):
     s, c = chunk_sum(like, at, stride, size, skip - begin, NO_GUESS)
     b = 0.0
     if s != 0.0:
-        shift = as_result(like, c)  # c lies between two numbers of the row's precision: take one of them
+        shift = number(like, c)  # c lies between two numbers of the row's precision: take one of them
         s, c = s * exp_64(c - np.float64(shift)), np.float64(shift)
         b = chunk_moment(like, at, stride, size, skip - begin, shift)
     return s, c, b

@@ -9,8 +9,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64, fma, rounded_product
-from .._typed import as_result, compute_zero, grad_frame, grad_of, item_size, widen
+from .._intrinsics import fma, rounded_product
+from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64
+from .._typed import compute_zero, grad_frame, grad_of, item_size, number, widen
 from ._chunks import WARP, fold_lanes
 from ._launch import cuda, device, kernel, launch
 from ._memory import (
@@ -101,7 +102,7 @@ def labels_of_row(like, targets, r, class_weights, begin, position, end):
     stride = targets[5]
     at = row_address(targets[1:], r) + (begin + position) * stride
     labels = load_apart(like, targets[0], at, stride, position, end)
-    labels = fma(as_result(like, targets[7]), labels, as_result(like, targets[8]))
+    labels = fma(number(like, targets[7]), labels, number(like, targets[8]))
     return rounded_product(labels, labels_of_one(like, targets, r, class_weights, begin, position, end))
 
 
@@ -115,20 +116,20 @@ def labels_of_one(like, targets, r, class_weights, begin, position, end):
 
 def label_of(like, targets, r, j):
     """The label of class j of row r."""
-    return label_at_class(like, targets, r, j) if len(targets) == 9 else as_result(like, 1.0)
+    return label_at_class(like, targets, r, j) if len(targets) == 9 else number(like, 1.0)
 
 
 @overload(label_of)
 def _label_of(like, targets, r, j):
     if len(targets) == 9:
         return lambda like, targets, r, j: label_at_class(like, targets, r, j)
-    return lambda like, targets, r, j: as_result(like, 1.0)
+    return lambda like, targets, r, j: number(like, 1.0)
 
 
 @device
 def label_at_class(like, targets, r, j):
-    label = as_result(like, widen(load(targets[0], row_address(targets[1:], r) + j * targets[5])))
-    return fma(as_result(like, targets[7]), label, as_result(like, targets[8]))
+    label = number(like, widen(load(targets[0], row_address(targets[1:], r) + j * targets[5])))
+    return fma(number(like, targets[7]), label, number(like, targets[8]))
 
 
 @device
@@ -165,7 +166,7 @@ def _dense_xent(items, like, rows, targets, class_weights, weights, z_loss, loss
         distance, mass = share_sums(like, rows, targets, r, y, class_weights, largest, room)
         value = dense_loss(distance, mass, log1p_u, np.float64(largest), z_loss)
     if warp == 0 and cuda.laneid == 0:
-        store(loss + r * item_size(compute_zero(like)), as_result(like, value))
+        store(loss + r * item_size(compute_zero(like)), number(like, value))
 
 
 @device
@@ -287,14 +288,14 @@ def _dense_xent_grad(
             p = rounded_product(p, exp_64(np.float64(widen(load(like, address + y * stride))) - x))
             own = g * dense_entry(mass, tilt, share_of(like, targets, r, y, y, class_weights), p, 1.0 - p)
     if first:
-        store(loss + r * item_size(zero), as_result(like, value))
+        store(loss + r * item_size(zero), number(like, value))
     if warps > 1:
         cuda.syncthreads()  # in place: y's logit has been read by all
-    g, p = as_result(like, g * shares(targets)[1]), np.int64(warp) * LANES
+    g, p = number(like, g * shares(targets)[1]), np.int64(warp) * LANES
     while p < rows[5]:
         near = np.int32(min(rows[5] - p, np.int64(LANES)))
         position = np.int32(cuda.laneid * (16 // item_size(like)))
-        grad = fill(like, as_result(like, value))
+        grad = fill(like, number(like, value))
         if y >= NONE:
             at, frame, extra = address + p * stride, (m, low, shift, factor), (g, a, b)
             half = np.int64(position)
@@ -311,8 +312,8 @@ def _dense_xent_grad(
         cuda.syncwarp()
         if first:
             if y >= 0 and second == 0.0:
-                store_item(like_grad, out + y * grad_stride, as_result(like, own))
-            store_item(like_grad, out + where * grad_stride, as_result(like, top))
+                store_item(like_grad, out + y * grad_stride, number(like, own))
+            store_item(like_grad, out + where * grad_stride, number(like, top))
 
 
 @device
@@ -323,7 +324,7 @@ def grad_half(like, address, stride, targets, r, class_weights, begin, position,
     x = load_apart(like, like, address + position * stride, stride, position, np.int64(end))
     grad = grad_of(x - shift, m, low, factor)
     if second != 0.0:
-        return grad * fma(as_result(like, b - a), grad, as_result(like, a))
+        return grad * fma(number(like, b - a), grad, number(like, a))
     return fma(-g, load_labels(like, targets, r, class_weights, begin, position, np.int64(end)), grad)
 
 
@@ -347,4 +348,4 @@ def _label_slopes(items, like, logs, classes, class_weights, weights, keep, scal
             if class_weights != 0:
                 share *= np.float64(load(like, class_weights + (i - r * classes) * size))
             value = share * np.float64(load(like, logs + i * size))
-        store(logs + i * size, as_result(like, value))
+        store(logs + i * size, number(like, value))

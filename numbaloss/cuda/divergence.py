@@ -13,18 +13,18 @@ from .._divergence_scalar import (
     js_term,
     kl_slope,
     kl_term,
-    number,
     reverse_term,
     settled,
     slope_of,
     slope_scale,
     two_frames,
 )
-from .._scalar import CHUNK, LANES, fma
-from .._typed import as_result, compute_zero, item_size, widen
-from ._chunks import WARP, first_position, fold_lanes, load_step
+from .._intrinsics import fma
+from .._scalar import CHUNK, LANES
+from .._typed import compute_zero, item_size, number, widen
+from ._chunks import WARP, first_position, fold_lanes
 from ._launch import cuda, device, kernel, launch
-from ._memory import halves, join, load, load_part, store, store_item, zeros
+from ._memory import fold_loads, halves, join, load, load_once, store, store_item, zeros
 from ._operands import address, operand, weight_at, with_known_stride
 from ._rows import PARTS, class_stride, leave_largest_out, row_address, team_of
 from .softmax import THREADS, teams
@@ -91,7 +91,7 @@ def row_sums(like, rows_p, rows_q, r, room):
 def put(like, array, r, value, first):
     """array[r] = value, where there is an array, by the first thread of a team."""
     if array != 0 and first:
-        store(array + r * item_size(compute_zero(like)), as_result(like, value))
+        store(array + r * item_size(compute_zero(like)), number(like, value))
 
 
 @inlined
@@ -118,72 +118,44 @@ def row_total(term, like, rows_p, rows_q, r, frame, room):
 
 @inlined
 def chunk_total(term, like, rows_p, rows_q, r, begin, frame):
-    """The sum of a term over the chunk from class `begin` on, a quarter of each Vector after the other: lanes, logits
-    and terms of a whole one do not fit the registers."""
-    a = lanes_total(term, first_quarter, like, rows_p, rows_q, r, begin, frame)
-    b = lanes_total(term, second_quarter, like, rows_p, rows_q, r, begin, frame)
-    c = lanes_total(term, third_quarter, like, rows_p, rows_q, r, begin, frame)
-    d = lanes_total(term, last_quarter, like, rows_p, rows_q, r, begin, frame)
-    return fold_lanes(like, join(join(a, b), join(c, d)), WARP)
+    """The sum of a term over the chunk from class `begin` on, in the order of fold_lanes: of a thread's lanes, those of
+    one load after the other, for all of them and their logits and terms do not fit the registers."""
+    size, total = item_size(like), fold_loads(like, zeros(like))
+    for a in range(2):
+        of_a = fold_loads(like, zeros(like))
+        for b in range(2):
+            of_b = fold_loads(like, zeros(like))
+            for c in range(2 if size > 2 else 1):
+                of_c = fold_loads(like, zeros(like))
+                for d in range(2 if size > 4 else 1):
+                    of_c = of_c + load_total(term, like, rows_p, rows_q, r, begin, a + 2 * b + 4 * c + 8 * d, frame)
+                of_b = of_b + of_c
+            of_a = of_a + of_b
+        total = total + of_a
+    return fold_lanes(like, total, WARP)
 
 
 @inlined
-def lanes_total(term, part, like, rows_p, rows_q, r, begin, frame):
-    """A part of this thread's lanes, summed over a chunk."""
-    at_p, at_q, before, alike = first_pair(like, rows_p, rows_q, r, begin)
+def load_total(term, like, rows_p, rows_q, r, begin, load, frame):
+    """The lanes of this thread's load of this number, summed over a chunk."""
+    p, q = class_stride(like, rows_p), class_stride(like, rows_q)
+    at_p, at_q, before = first_pair(like, row_address(rows_p, r) + begin * p, p, row_address(rows_q, r) + begin * q, q)
     end = np.int32(before + min(np.int64(CHUNK), rows_p[5] - begin))
-    total = part(zeros(like))
-    for p in range(np.int32(0), end, np.int32(LANES)):
-        x, y = load_pair(like, rows_p, at_p, rows_q, at_q, p, before, end, alike)
-        total = accumulate(term, total, part(x), part(y), frame)
+    total = fold_loads(like, zeros(like))
+    for j in range(np.int32((load * 32 + cuda.laneid) * (16 // item_size(like))), end, np.int32(LANES)):
+        x, y = load_once(like, at_p + j * p, p, j, before, end), load_once(like, at_q + j * q, q, j, before, end)
+        total = accumulate(term, total, x, y, frame)
     return total
 
 
-def first_quarter(v):
-    return halves(halves(v)[0])[0]
-
-
-def second_quarter(v):
-    return halves(halves(v)[0])[1]
-
-
-def third_quarter(v):
-    return halves(halves(v)[1])[0]
-
-
-def last_quarter(v):
-    return halves(halves(v)[1])[1]
-
-
-overload(first_quarter)(lambda v: first_quarter)
-overload(second_quarter)(lambda v: second_quarter)
-overload(third_quarter)(lambda v: third_quarter)
-overload(last_quarter)(lambda v: last_quarter)
-
-
 @device
-def first_pair(like, rows_p, rows_q, r, begin):
-    """(addresses, position, alike): where the reading of rows r from class `begin` on starts, which has that position.
-    It is at 16 bytes if both rows lie alike there."""
-    p, q = class_stride(like, rows_p), class_stride(like, rows_q)
-    at_p, at_q = row_address(rows_p, r) + begin * p, row_address(rows_q, r) + begin * q
+def first_pair(like, at_p, p, at_q, q):
+    """(addresses, position) where the reading of a chunk of both rows starts: at 16 bytes if they lie alike there."""
     from_p, before = first_position(like, at_p, p)
     from_q, before_q = first_position(like, at_q, q)
     if before == before_q:
-        return from_p, from_q, before, True
-    return at_p, at_q, np.int32(0), False
-
-
-@device
-def load_pair(like, rows_p, at_p, rows_q, at_q, p, begin, end, alike):
-    """This thread's logits of both rows among LANES positions from p on; -inf outside of [begin, end)."""
-    stride_p, stride_q, none = class_stride(like, rows_p), class_stride(like, rows_q), np.int32(-1)
-    if alike:
-        x = load_step(like, at_p, stride_p, p, begin, end, none, WARP)
-        return x, load_step(like, at_q, stride_q, p, begin, end, none, WARP)
-    position = np.int32(p + cuda.laneid * (16 // item_size(like)))
-    x = load_part(like, at_p + position * stride_p, stride_p, position, begin, end, WARP)
-    return x, load_part(like, at_q + position * stride_q, stride_q, position, begin, end, WARP)
+        return from_p, from_q, before
+    return at_p, at_q, np.int32(0)
 
 
 def accumulate(term, total, x, y, frame):

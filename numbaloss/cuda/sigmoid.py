@@ -5,7 +5,6 @@ from numba import types
 from numba.extending import overload
 
 from .._typed import (
-    as_result,
     binary_loss,
     by_upstream,
     compute_zero,
@@ -13,6 +12,7 @@ from .._typed import (
     exp_neg,
     item_size,
     log1p,
+    number,
     slope_by_label,
     slope_by_logit,
     slope_by_pos_weight,
@@ -42,10 +42,10 @@ def _binary_xent(items, like, rows, like_labels, label_rows, like_weight, weight
     tiles = (columns + TILE - 1) // TILE
     r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
     logits, labels = row_address(rows, r), row_address(label_rows, r)
-    one = as_result(like, 1.0)
+    one = number(like, 1.0)
     for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
         x = widen(load(like, logits + j * rows[4]))
-        z = as_result(like, widen(load(like_labels, labels + j * label_rows[4])))
+        z = number(like, widen(load(like_labels, labels + j * label_rows[4])))
         q = weight_of(like, like_weight, weight_rows, r, j)
         value = binary_loss(x, z, q, one, log1p(exp_neg(abs(x))))
         store(loss + (r * columns + j) * item_size(compute_zero(like)), value)
@@ -100,10 +100,10 @@ def _binary_grad(
     tiles = (columns + TILE - 1) // TILE
     r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
     logits, labels = row_address(rows, r), row_address(label_rows, r)
-    one = as_result(like, 1.0)
+    one = number(like, 1.0)
     for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
         x = widen(load(like, logits + j * rows[4]))
-        z = as_result(like, widen(load(like_labels, labels + j * label_rows[4])))
+        z = number(like, widen(load(like_labels, labels + j * label_rows[4])))
         q = weight_of(like, like_weight, weight_rows, r, j)
         g = weight_of(like, like_upstream, upstream_rows, r, j)
         e = exp_neg(abs(x))
@@ -126,27 +126,27 @@ def weight_of(like, like_weight, weight_rows, r, j):
     _typed); None for the integer 0."""
     if isinstance(weight_rows, tuple):
         if isinstance(weight_rows[0], float):
-            return tuple(as_result(like, x) for x in weight_rows)
+            return tuple(number(like, x) for x in weight_rows)
         return weight_from(like, like_weight, weight_rows, r, j)
-    return as_result(like, weight_rows) if isinstance(weight_rows, float) else None
+    return number(like, weight_rows) if isinstance(weight_rows, float) else None
 
 
 @overload(weight_of)
 def _weight_of(like, like_weight, weight_rows, r, j):
     if isinstance(weight_rows, types.BaseTuple) and isinstance(weight_rows[0], types.Float):
         return lambda like, like_weight, weight_rows, r, j: (
-            as_result(like, weight_rows[0]),
-            as_result(like, weight_rows[1]),
-            as_result(like, weight_rows[2]),
+            number(like, weight_rows[0]),
+            number(like, weight_rows[1]),
+            number(like, weight_rows[2]),
         )
     if isinstance(weight_rows, types.BaseTuple):
         return lambda like, like_weight, weight_rows, r, j: weight_from(like, like_weight, weight_rows, r, j)
     if isinstance(weight_rows, types.Float):
-        return lambda like, like_weight, weight_rows, r, j: as_result(like, weight_rows)
+        return lambda like, like_weight, weight_rows, r, j: number(like, weight_rows)
     return lambda like, like_weight, weight_rows, r, j: None
 
 
 @device
 def weight_from(like, like_weight, weight_rows, r, j):
     at = row_address(weight_rows, r) + j * weight_rows[4]
-    return as_result(like, widen(load(like_weight, at)))
+    return number(like, widen(load(like_weight, at)))

@@ -8,30 +8,9 @@ import cupy
 import numpy as np
 from numba import types
 
-from .._scalar import (
-    CHUNK,
-    LANES,
-    bits_float,
-    float_bits,
-    others_of,
-    others_to_target,
-    row_entropy,
-    scale_of,
-    target_loss,
-    target_lse,
-    top_of,
-)
-from .._typed import (
-    as_result,
-    compute_zero,
-    grad_frame,
-    grad_of,
-    item_size,
-    minus_inf,
-    softmax_frame,
-    softmax_of,
-    widen,
-)
+from .._intrinsics import bits_float, float_bits
+from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
+from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
 from ._chunks import NO_GUESS, WARP, chunk_sum, first_position, guess_after, load_step, round_sum
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
@@ -76,7 +55,7 @@ def round_team(like, rows):
 def loss_of(like, s, c, x):
     """The loss of a target whose logit is x, the others summing to s * e^c, as it is stored."""
     full = item_size(like) == 8
-    return as_result(like, target_loss(others_to_target(s, c, x, full), s, c, x, full))
+    return number(like, target_loss(others_to_target(s, c, x, full), s, c, x, full))
 
 
 # -- sparse labels -----------------------------------------------------------------------------------------------
@@ -276,7 +255,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         if first:
             store(at, loss_of(like, s, c, x))
     elif first:
-        store(at, as_result(like, x))
+        store(at, number(like, x))
     stride, grad_stride = class_stride(like, rows), class_stride(like_grad, grad_rows)
     base, begin = first_position(like, address, stride)
     end, p = begin + rows[5], np.int64(warp) * LANES
@@ -285,7 +264,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         before = np.int32(begin) if p == 0 else np.int32(0)
         position = np.int32(cuda.laneid * (16 // item_size(like)))
         to = out + (p - begin + position) * grad_stride
-        g = fill(like, as_result(like, x))
+        g = fill(like, number(like, x))
         if address != 0:
             v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
             g = grad_of(v - shift, m, low, factor)
@@ -326,7 +305,7 @@ def _narrow_sparse_xent(items, pitch, like, rows, labels, weights, ignore_index,
             x = np.nan
             if 0 <= y < classes:
                 x = np.float64(room[at + y])
-                room[at + y] = minus_inf(like)
+                room[at + y] = number(like, -np.inf)
                 s, c = few_sum(like, room, at, classes)
         store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
 
@@ -358,7 +337,7 @@ def _narrow_sparse_xent_grad(
             y, x, g = label_at(labels, r), np.nan, load(0.0, scale + r * 8)
             if 0 <= y < classes:
                 x = np.float64(room[at + y])
-                room[at + y] = minus_inf(like)
+                room[at + y] = number(like, -np.inf)
                 s, c = few_sum(like, room, at, classes)
         store(loss + r * item_size(zero), loss_of(like, s, c, x))
     m, low, shift, factor, entry = frame_of(zero, s, c, x, g)
@@ -393,21 +372,21 @@ def _narrow_normalize(items, pitch, like, rows, logarithm, out):
     room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
     room = room_of(like, room_32, room_64)
     bring_rows(like, rows, first, size, pitch, room)
-    at, largest, u, log1p_u = thread * pitch, minus_inf(like), 0.0, 0.0
+    at, largest, u, log1p_u = thread * pitch, number(like, -np.inf), 0.0, 0.0
     if thread < size:
         where = np.int64(0)
         for j in range(classes):
             if room[at + j] > largest:
                 largest, where = room[at + j], np.int64(j)
         x = np.float64(room[at + where])
-        room[at + where] = minus_inf(like)
+        room[at + where] = number(like, -np.inf)
         s, c = few_sum(like, room, at, classes)
         u = others_to_target(s, c, x, full)
         log1p_u = target_loss(u, s, c, x, full)
     cuda.syncthreads()
     bring_rows(like, rows, first, size, pitch, room)
     if thread < size:
-        loss = as_result(like, log1p_u)
+        loss = number(like, log1p_u)
         m, low, shift, scale, top = softmax_frame(largest, u, loss)
         for j in range(classes):
             x = room[at + j]
@@ -446,7 +425,7 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
     address, y = row_of(like, rows, r, labels, weights, ignore_index)
     if address == 0:
         if first:
-            value = as_result(like, np.nan if y == 0 else 0.0)
+            value = number(like, np.nan if y == 0 else 0.0)
             put(like, r, value, value, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
         return
     target = widen(load(like, address + y * class_stride(like, rows)))
@@ -454,13 +433,13 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
     x = np.float64(target)
     u = others_to_target(s, c, x, full)
     loss = target_loss(u, s, c, x, full)
-    row_lse = as_result(like, target_lse(u, s, c, x, loss, full))
+    row_lse = number(like, target_lse(u, s, c, x, loss, full))
     if loss != loss:  # a row that is all -inf or holds +inf or NaN
         nan = first_nan(like, rows, address, room)
         where = nan if nan >= 0 else where
-        row_lse = largest if nan < 0 else as_result(like, np.nan)
+        row_lse = largest if nan < 0 else number(like, np.nan)
     if first:
-        put(like, r, as_result(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
+        put(like, r, number(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
 
 
 @device
@@ -493,7 +472,7 @@ def _entropy(items, like, rows, logprob, lse, argmax, entropy):
         largest = np.float64(widen(load(like, address + where * class_stride(like, rows))))
         value = row_entropy(s, c, b, largest, item_size(like) == 8)
     if warp == 0 and cuda.laneid == 0:
-        store(entropy + r * size, as_result(like, value))
+        store(entropy + r * size, number(like, value))
 
 
 @device
@@ -519,7 +498,7 @@ def _logsumexp(items, like, rows, lse):
     if r < items:
         value = plain_lse(like, rows, row_address(rows, r), room)
         if warp == 0 and cuda.laneid == 0:
-            store(lse + r * item_size(compute_zero(like)), as_result(like, value))
+            store(lse + r * item_size(compute_zero(like)), number(like, value))
 
 
 def normalize(work, items, like, rows, logarithm, out):
@@ -537,7 +516,7 @@ def _normalize(items, like, rows, logarithm, out):
     if r < items:
         address = row_address(rows, r)
         largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
-        loss = as_result(like, log1p_u)
+        loss = number(like, log1p_u)
         m, low, shift, scale, top = softmax_frame(largest, u, loss)
         for j in range(warp * 32 + cuda.laneid, classes, warps * 32):
             x = widen(load(like, address + j * stride))

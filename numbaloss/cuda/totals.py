@@ -6,8 +6,9 @@ from numba import types
 
 from .._check import CLASS_FACTORS, NONZERO_OR_NONE
 from .._exact import LOW_32, WORDS, carry, number_words, quotient, round_sum
-from .._scalar import focal_row, focal_row_slope, rounded_product
-from .._typed import as_result, item_size
+from .._intrinsics import rounded_product
+from .._scalar import focal_row, focal_row_slope
+from .._typed import item_size, number
 from ._chunks import warp_max
 from ._launch import cuda, device, kernel, launch, processors
 from ._memory import atomic_add, butterfly, load, load_fresh, store, store_item
@@ -125,7 +126,7 @@ def _total(items, like, values, labels, weights, class_weights, classes, ignore_
             sums[thread >> 5] = round_sum(room[thread >> 5])
         cuda.syncthreads()
         if thread == 0:
-            store(words + (2 * WORDS + 1) * 8, as_result(like, quotient(sums[0], sums[1], divisor)))
+            store(words + (2 * WORDS + 1) * 8, number(like, quotient(sums[0], sums[1], divisor)))
 
 
 def row_totals(work, items, values, weights, count, row_step, step, divisor, totals, divisors):
@@ -156,7 +157,7 @@ def _row_totals(items, like, values, weights, count, row_step, step, divisor, to
     cuda.syncwarp()
     if lane == 0:
         below = round_sum(room[1])
-        store(totals + r * item_size(like), as_result(like, quotient(round_sum(room[0]), below, divisor)))
+        store(totals + r * item_size(like), number(like, quotient(round_sum(room[0]), below, divisor)))
         if divisors != 0:
             store(divisors + r * 8, np.inf if below == 0.0 else below)
 
@@ -183,7 +184,7 @@ def _scale(items, like, values, labels, weights, class_weights, classes, ignore_
     if i < items:
         at = values + i * item_size(like)
         f = factor(i, labels, weights, class_weights, classes, ignore_index)
-        store(at, as_result(like, np.float64(load(like, at)) * f if f != 0.0 else 0.0))
+        store(at, number(like, np.float64(load(like, at)) * f if f != 0.0 else 0.0))
 
 
 def slopes(work, items, upstream, labels, weights, class_weights, ignore_index, divisor, out):
@@ -259,7 +260,7 @@ def _focal(items, like, losses, gamma):
     i = np.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
     if i < items:
         at = losses + i * item_size(like)
-        store(at, as_result(like, focal_row(np.float64(load(like, at)), gamma)))
+        store(at, number(like, focal_row(np.float64(load(like, at)), gamma)))
 
 
 def focal_slopes(work, items, losses, gamma, slopes):
