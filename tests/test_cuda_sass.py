@@ -314,6 +314,7 @@ def test_no_local_memory(dtype, arch):
     assert [case.name for case in cases(dtype) if not arguments_fit(case, codes[case.name].ptx)] == []
 
 
+@pytest.mark.architectures
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"], scope="module")
 def test_no_local_memory_for_classes_apart(dtype):
     codes = machine_code(dtype, "sm_90", "strided")
