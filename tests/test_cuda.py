@@ -99,8 +99,9 @@ class Converted:
     def __getattr__(self, name):
         if name == "Evaluation":
             return ConvertedEvaluation
-        if name == "value_and_grad":
-            return lambda loss: lambda *args, **options: on_cupy(nl.value_and_grad(loss), *args, **options)
+        if name in ("value_and_grad", "value_grad_hess"):
+            of = getattr(nl, name)
+            return lambda *loss: lambda *args, **options: on_cupy(of(*loss), *args, **options)
         return lambda *args, **options: on_cupy(getattr(nl, name), *args, **options)
 
 
@@ -125,12 +126,11 @@ def test_hashes_on_cupy(name, monkeypatch):
     monkeypatch.setattr(test_hashes, "nl", Converted())
     every = test_hashes.kept([name])
     wanted = every if ON_DEVICE else {key: every[key] for key in every if not takes_long(*key.rsplit(" ", 2))}
-    assert len(wanted) >= 20
+    assert len(wanted) >= 12
     assert test_hashes.hashes([name], wanted) == wanted
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("dtype, order", zip(DTYPES.values(), (1, 2, 3, 4)), ids=DTYPES)
 def test_order_of_threads(dtype, order):
     """[16] Which thread comes first does not matter."""
     if ON_DEVICE:

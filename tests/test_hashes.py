@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 
 import numbaloss as nl
-from numbaloss import cross_entropy
+from numbaloss import cross_entropy, js_divergence, kl_divergence, weighted_cross_entropy_with_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILE = pathlib.Path(__file__).with_name("hashes.json")
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 CLASSES = [3, 10, 100, 1000, 8193, 50257]
+FEW_CLASSES = [10, 1000, 8193]  # of functions whose rows of seven chunks would show nothing more
 DIGITS = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 50}
 
 
@@ -63,9 +64,35 @@ def functions():
     def evaluation(x, y):
         return np.array(nl.Evaluation().update(x, y, weights(y)).result()[1:3])
 
+    def words(value, *arrays):
+        return value, *(a.view(f"u{a.itemsize}") for a in arrays)
+
     def gradient(x, y):
-        value, grad = nl.value_and_grad(cross_entropy)(x, y, weights=weights(y))
-        return value, grad.view(f"u{grad.itemsize}")
+        return words(*nl.value_and_grad(cross_entropy)(x, y, weights=weights(y)))
+
+    def finite(x):
+        return np.maximum(x, x.dtype.type(-8))
+
+    def options(x, y):
+        numbers = {"label_smoothing": 0.125, "z_loss": 2**-7, "softcap": 20.0, "temperature": 0.75}
+        classes = integers(7, x.shape[1], 4) / 4 + 0.25
+        return words(*nl.value_and_grad(cross_entropy)(finite(x), y, class_weights=classes, **numbers))
+
+    def hessian(x, y):
+        return words(*nl.value_grad_hess(cross_entropy)(finite(x), y, label_smoothing=0.125))
+
+    def divergence(function):
+        def call(x, y):
+            run = nl.value_and_grad(function, ("logits_p", "logits_q"))
+            value, grads = run(x, (x * x.dtype.type(0.75)).astype(x.dtype), reduction="none")
+            return words(value, *grads)
+
+        return call
+
+    def sigmoid(x, y):
+        run = nl.value_and_grad(weighted_cross_entropy_with_logits, ("logits", "labels", "pos_weight"))
+        value, grads = run(soft(x), finite(x), 3.0)
+        return *words(value, grads[0]), *grads[1:]
 
     return {
         "cross_entropy": lambda x, y: nl.cross_entropy(x, y, reduction="none"),
@@ -82,7 +109,15 @@ def functions():
         "weighted_cross_entropy_with_logits": lambda x, y: nl.weighted_cross_entropy_with_logits(soft(x), x, 3.0),
         "Evaluation": evaluation,
         "value_and_grad": gradient,
+        "value_and_grad with options": options,
+        "value_grad_hess": hessian,
+        "kl_divergence": divergence(kl_divergence),
+        "js_divergence": divergence(js_divergence),
+        "value_and_grad of sigmoids": sigmoid,
     }
+
+
+FEW = [name for name in functions() if name.startswith(("value_and_grad ", "value_grad_hess")) or "divergence" in name]
 
 
 def sha256(result):
@@ -99,7 +134,10 @@ def hashes(names, wanted=None):
     """{what: hash}; `wanted` keeps to some of them."""
     calls = functions()
     cases = {
-        f"{name} {dtype} {classes}": (name, dtype, classes) for name in names for dtype in DTYPES for classes in CLASSES
+        f"{name} {dtype} {classes}": (name, dtype, classes)
+        for name in names
+        for dtype in DTYPES
+        for classes in (FEW_CLASSES if name in FEW else CLASSES)
     }
     return {
         key: sha256(calls[name](*logits_for(dtype, classes)))
