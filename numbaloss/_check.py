@@ -24,7 +24,7 @@ NO_LABEL = -(2**63)  # the ignore_index that ignores nothing
 NOTHING, FACTORS, CLASS_FACTORS, FACTORS_OR_NONE, NONZERO_OR_NONE = range(5)
 _BY_DTYPE = {}
 _INT64_MAX = np.iinfo(np.int64).max
-_DLPACK_CUDA = 2
+DLPACK_CUDA = 2
 
 
 def array(x, name):
@@ -37,7 +37,7 @@ def array(x, name):
         return x.view(np.ndarray)
     if hasattr(x, "__dlpack__"):
         try:
-            if x.__dlpack_device__()[0] == _DLPACK_CUDA:
+            if x.__dlpack_device__()[0] == DLPACK_CUDA:
                 return _cupy(name).from_dlpack(x)
             return np.from_dlpack(x)
         except (BufferError, RuntimeError, TypeError) as error:

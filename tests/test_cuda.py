@@ -130,7 +130,7 @@ def test_hashes_on_cupy(name, monkeypatch):
     assert test_hashes.hashes([name], wanted) == wanted
 
 
-@pytest.mark.parametrize("dtype, order", zip(DTYPES.values(), (1, 2, 3, 4)), ids=DTYPES)
+@pytest.mark.parametrize("dtype, order", list(zip(DTYPES.values(), (1, 2, 3, 4))), ids=DTYPES)
 def test_order_of_threads(dtype, order):
     """[16] Which thread comes first does not matter."""
     if ON_DEVICE:

@@ -2,49 +2,63 @@
 
 import math
 import operator
-import os
-import queue
-import secrets
-import threading
-import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib import format as npy
 
-from .. import Evaluation, score_tokens
-from .readers import FileError, open_array
-
-_BLOCK = 16 << 20  # bytes of logits: what has just been read should still be in the processor's cache when it is used
-_PROBE = 32, 4096  # rows on which the neighbouring shifts are tried: at least, at most
+from .. import score_tokens
+from .blocks import Task
+from .measures import ByGroup, ByPosition, Calibration, Mean, Temperature, TopK, Worst, checked_ks
+from .run import Output, Pass, rehearse
 
 
 class Score(NamedTuple):
-    """What `score` returns: the fields of `EvaluationResult`, and how they were obtained."""
+    """What `score` returns."""
 
     tokens: int
     weight: float
-    loss: float
+    loss: float  # nats
     perplexity: float
     bits_per_token: float
     accuracy: float
-    standard_error: float
+    standard_error: float  # of the loss
     shift: int
     better_shift: int | None  # a neighbouring shift that fits the first rows far better; None: there is none
     seconds: float  # of reading and computing; compiling is not counted
     bytes: int  # of logits, targets and weights read
+    rows: int = 0  # that were read, with those that do not count
+    complete: bool = True  # False: interrupted
+    floor: float | None = None  # of log probabilities in a file of llama.cpp, in nats below the largest
+    bits_per_byte: float | None = None
+    top_k: dict | None = None  # {k: share of the weight whose target is among the k largest}
+    calibration_error: float | None = None  # expected
+    calibration: list | None = None  # of bins: confidence, accuracy, tokens, weight
+    temperature: list | None = None  # that minimises the loss, low and high end of its 95 % confidence interval
+    groups: list | None = None  # of each: group, tokens, weight, loss, perplexity, accuracy
+    group_standard_error: float | None = None  # of the loss, if tokens of a group go together
+    by_position: list | None = None  # of first, last position, tokens, weight, loss
+    worst: list | None = None  # tokens: row, value (the loss), index, target, argmax
 
 
 def score(
     logits,
-    targets,
+    targets=None,
     *,
     weights=None,
+    groups=None,
     shift=0,
     ignore_index=-100,
+    dtype=None,
+    shape=None,
+    top_k=(),
+    calibration=False,
+    text_bytes=None,
+    details=False,
     per_token=None,
+    resume=None,
     memory=256 << 20,
+    device="cpu",
     progress=None,
 ):
     """Exact mean loss, perplexity and accuracy of logits in a file against targets in a file.
@@ -52,262 +66,129 @@ def score(
     The result has the same bits as `Evaluation` on the whole arrays, whatever the block size.
 
     Args:
-        logits: path of a .npy or .npz file, "file.npz:name", or "-" for stdin; (..., classes), float16/32/64.
-        targets: the same; (...), integers in [0, classes) or `ignore_index`.
+        logits: path of a .npy, .npz ("file.npz:name") or .safetensors file or its index.json, of a file that llama.cpp
+            wrote (`_logits_`), of a folder or a pattern of such files, or "-" for a .npy file on stdin; (..., classes),
+            float16, bfloat16, float32 or float64.
+        targets: the same; (...), integers in [0, classes) or `ignore_index`. None: those in the file of the logits.
         weights: the same, or None; (...), one number for each target.
-        shift: logits at position t are scored against the target (and its weight) at t + shift along the last axis of
-            `targets`; only positions that have both count. Language models whose logits at t predict token t + 1: 1.
-        per_token: path of a .npy file to write: the log probability of each target that was scored, (..., T - |shift|)
-            float32, or float64 for float64 logits; 0 for ignored ones. It appears when everything has succeeded.
+        groups: the same, or None; (...), an integer for each target: the document that it belongs to.
+        shift: logits at position t are scored against the target (and its weight and group) at t + shift along the last
+            axis of `targets`; only positions that have both count. Language models whose logits at t predict token
+            t + 1: 1.
+        dtype, shape: of logits in a file that does not tell: raw binary, or bfloat16 in a .npy file.
+        top_k: numbers of classes: the share of targets among so many largest.
+        calibration: the calibration error, and the temperature that minimises the loss, of up to 8192 rows.
+        text_bytes: the length of the text that the targets stand for, for bits_per_byte.
+        details: the loss by position, and the worst tokens.
+        per_token: path of a .npy, .jsonl or .parquet file to write: the log probability of each target that was scored,
+            (..., T - |shift|) float32, or float64 for float64 logits; 0 for ignored ones. It appears when everything
+            has succeeded.
+        resume: path of a file that the state is saved to every ten seconds. If it exists, the pass goes on from there.
         memory: bytes that the buffers may take at most.
-        progress: called as progress(rows done, rows in all), with 0 first and then after each block.
+        device: "cuda" computes on CuPy's current device, with the same bits.
+        progress: called as progress(rows done, rows in all), at the start and then after each block.
     Returns:
         Score
     Raises:
         FileError (a ValueError): a file is damaged or does not fit the others; the message names it.
+        Interrupted (a KeyboardInterrupt): Ctrl-C; its `result` is the Score of the rows so far.
     """
     shift, ignore_index = operator.index(shift), operator.index(ignore_index)
+    top_k = checked_ks(top_k)
+    if text_bytes is not None and not text_bytes > 0:
+        raise ValueError(f"text_bytes: expected a number > 0, got {text_bytes}")
+    others = {"targets": logits if targets is None else targets, "weights": weights, "groups": groups}
     with ExitStack() as inputs, ExitStack() as outputs:
-        task = _Task(inputs, logits, targets, weights, shift, ignore_index, memory)
-        output = None
-        if per_token is not None:
-            kept = (*task.shape[:-1], task.last - task.first) if task.shape else ()
-            output = outputs.enter_context(_Output(per_token, kept, task.logits.dtype, task.files))
-        evaluation, better, seconds = _run(task, output, progress)
+        how = {"dtype": dtype, "shape": shape}
+        task = Task(inputs, {"logits": logits}, others, shift, ignore_index, memory, how, device)
+        output = outputs.enter_context(Output(per_token, task, resume is not None)) if per_token is not None else None
+        asked = groups is not None, top_k, calibration, details
+        taken = _Scores(task, *asked, output)
+        run = Pass(task, taken.measures, [shift, ignore_index, *asked], resume, output)
+        rehearse(task, _Scores(task, *asked, None))
+        result = run.run(lambda block: taken.take(block, run), lambda run: taken.result(run, text_bytes), progress)
         if output:
             output.finish()
-    result = evaluation.result()._asdict()
-    size = sum(file.nbytes for file in task.files)
-    return Score(**result, shift=shift, better_shift=better, seconds=seconds, bytes=size)
+    return result
 
 
-def _run(task, output, progress):
-    """(the Evaluation of all rows, a better shift or None, seconds)."""
-    if progress:
-        progress(0, task.rows)
-    if task.rows:
-        _compile(task)
-    evaluation, better = Evaluation(ignore_index=-1), None
-    start = time.perf_counter()
-    with closing(_blocks(task)) as blocks:
-        for first, logits, labels, weights in blocks:
-            counted = task.counted(first, labels, weights)
-            y = labels.astype(np.int64)
-            y[~counted] = -1
-            scores = score_tokens(logits, y, ignore_index=-1)  # one pass serves both the totals and the output
-            evaluation.add(scores.logprob, scores.argmax, y, weights)
-            if first == 0:
-                better = task.better_shift(logits, labels, counted, -scores.logprob)
-            if output:
-                output.write(scores.logprob[task.scored(first, len(labels))])
-            if progress:
-                progress(first + len(labels), task.rows)
-    return evaluation, better, time.perf_counter() - start
+class _Scores:
+    """The measures of one file of logits."""
 
+    def __init__(self, task, groups, top_k, calibration, details, output):
+        self.task, self.output = task, output
+        self.measures = {"loss": Mean()}
+        if groups:
+            self.measures["groups"] = ByGroup()
+        if top_k:
+            self.measures["top_k"] = TopK(top_k)
+        if calibration:
+            self.measures |= {"calibration": Calibration(), "temperature": Temperature(task.rows)}
+        if details:
+            self.measures |= {"by_position": ByPosition(task.length), "worst": Worst()}
 
-def _compile(task):
-    """Compiles, or loads, the kernels for a full block and for a small one, before the clock starts."""
-    logits = _Block(task).logits
-    logits[:] = 0
-    evaluation = Evaluation(ignore_index=-1)
-    for rows in (logits, logits[:1]):
-        y = np.zeros(len(rows), np.int64)
-        scores = score_tokens(rows, y, ignore_index=-1)
-        evaluation.add(scores.logprob, scores.argmax, y)
-    evaluation.result()
+    def take(self, block, run):
+        """Add a block."""
+        measures, (logits,) = self.measures, block.logits
+        ranked = "top_k" in measures
+        scores = self.task.device.run(lambda x, y: score_tokens(x, y, ignore_index=-1, rank=ranked), logits, block.y)
+        measures["loss"].evaluation.add(scores.logprob, scores.argmax, block.y, block.weights)
+        if block.first == 0:
+            run.notes["better_shift"] = self.task.better_shift(block, -scores.logprob)
+        if self.output:
+            self.output.write(block, scores)
+        if len(measures) > 1:
+            self._take_more(block, scores)
 
+    def _take_more(self, block, scores):
+        measures, at = self.measures, np.flatnonzero(block.y >= 0)
+        y, loss = block.y[at], 0.0 - scores.logprob[at].astype(np.float64)
+        weights = np.ones(len(at)) if block.weights is None else block.weights[at]
+        correct = (scores.argmax[at] == y).astype(np.float64)
+        if "groups" in measures:
+            measures["groups"].add(block.groups[at], loss, weights, correct)
+        if "top_k" in measures:
+            measures["top_k"].add(scores.rank[at], weights)
+        if "calibration" in measures:
+            top = block.logits[0][at, scores.argmax[at]].astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                confidence = np.exp(top - scores.logsumexp[at])
+            measures["calibration"].add(confidence, correct, weights)
+            every = np.ones(len(block.y)) if block.weights is None else block.weights
+            measures["temperature"].add(block.first, block.logits[0], block.y, every)
+        if "by_position" in measures:
+            rows = at + block.first
+            measures["by_position"].add(self.task.position(rows), loss, weights)
+            measures["worst"].add(rows, loss, lambda i: self._tell(rows[i], y[i], scores.argmax[at[i]]))
 
-class _Task:
-    """The opened files, checked against each other, and how rows of logits and targets go together."""
+    def _tell(self, row, target, argmax):
+        return {"index": self.task.index(row), "target": int(target), "argmax": int(argmax)}
 
-    def __init__(self, stack, logits, targets, weights, shift, ignore_index, memory):
-        paths = {"logits": logits, "targets": targets} | ({"weights": weights} if weights is not None else {})
-        if sum(os.fsdecode(path) == "-" for path in paths.values()) > 1:
-            raise ValueError("-: expected one input on stdin, got more")
-        self.files = [stack.enter_context(open_array(path, name)) for name, path in paths.items()]
-        self.logits, self.targets, self.weights = self.files if weights is not None else (*self.files, None)
-        self.stack, self.shift, self.ignore_index = stack, shift, ignore_index
-        *shape, self.classes = self.logits.shape or (0,)
-        self.shape = tuple(shape)
-        self.rows = math.prod(shape)
-        self._check_shapes()
-        length = shape[-1] if shape else 1
-        self.length = length
-        self.first, self.last = max(0, -shift), min(length, length - shift)  # positions of logits that have a target
-        if shift and (not shape or self.last <= self.first):
-            raise ValueError(f"shift: expected less than {length} either way, targets {self.shape}, got {shift}")
-        row = self.classes * self.logits.dtype.itemsize
-        if 2 * row > memory:
-            raise FileError(self.logits.name, f"expected two rows to fit into {memory} bytes, got {row} bytes a row")
-        # Two blocks (one is read, one computed), and about 100 bytes a row for labels, weights, losses and masks.
-        step = memory // (2 * row + 100)
-        if not self.logits.by_column:  # where a longer block means longer reads
-            step = min(step, _BLOCK // row)
-        self.step = max(1, min(self.rows, step))
-
-    def _check_shapes(self):
-        if not self.classes:
-            raise FileError(self.logits.name, f"logits: expected (..., classes), classes > 0, got {self.logits.shape}")
-        for name, file in ("targets", self.targets), ("weights", self.weights):
-            if file and file.shape != self.shape:
-                fits = f"to match logits {self.logits.shape}"
-                raise FileError(file.name, f"{name}: expected shape {self.shape} {fits}, got {file.shape}")
-
-    def scored(self, first, count):
-        """For each of `count` rows from `first` on: has it both logits and target?"""
-        position = np.arange(first, first + count) % self.length
-        return (position >= self.first) & (position < self.last)
-
-    def read(self, block, first):
-        """Reads rows `first` to `first + step` and their targets; each file front to back, each element once."""
-        count = min(self.step, self.rows - first)
-        self.logits.read(block.logits[:count].reshape(-1))
-        self._read_aligned(self.targets, block.labels[:count], first)
-        if self.weights:
-            self._read_aligned(self.weights, block.weights[:count], first)
-        weights = block.weights[:count].astype(np.float64) if self.weights else None
-        return first, block.logits[:count], block.labels[:count], weights
-
-    def _read_aligned(self, file, out, first):
-        begin = first + self.shift
-        if first == 0:
-            self._skip(file, min(max(begin, 0), self.rows))
-        low, high = (min(max(at, 0), self.rows) - begin for at in (begin, begin + len(out)))
-        file.read(out[low:high])
-        out[:low], out[high:] = 0, 0  # these rows have no target: not looked at
-
-    def _skip(self, file, count):
-        while count > 0:
-            count -= len(scratch := np.empty(min(count, self.step), file.dtype))
-            file.read(scratch)
-
-    def counted(self, first, labels, weights):
-        """Which rows count. Raises for a label or a weight that cannot be used, with its place in its file."""
-        counted = self.scored(first, len(labels))
-        if weights is not None:
-            bad = counted & ~((weights >= 0) & (weights < np.inf))
-            self._raise_first(bad, first, self.weights, "weights", "a finite number >= 0", weights)
-            counted &= weights != 0
-        counted &= labels != self.ignore_index
-        bad = counted & ((labels < 0) | (labels >= self.classes))
-        expected = f"a label in [0, {self.classes}) or {self.ignore_index}"
-        self._raise_first(bad, first, self.targets, "targets", expected, labels)
-        return counted
-
-    def _raise_first(self, bad, first, file, name, expected, values):
-        if bad.any():
-            row = int(bad.argmax())
-            place = np.unravel_index(first + row + self.shift, self.shape) if self.shape else ()
-            place = f"[{', '.join(str(int(i)) for i in place)}]" if place else ""
-            raise FileError(file.name, f"{name}{place}: expected {expected}, got {values[row]}")
-
-    def better_shift(self, logits, labels, counted, losses):
-        """A shift of -1, 0 or 1 that divides the perplexity of the first rows by e, beyond four standard errors."""
-        count = min(len(labels), _PROBE[1])
-        counted, row = counted[:count], np.arange(count)
-        used = losses[:count][counted].astype(np.float64)
-        if used.size < _PROBE[0] or self.length < 2:
-            return None
-        best, least = None, used.mean() - max(1.0, 4 * used.std() / math.sqrt(used.size))
-        for shift in {-1, 0, 1} - {self.shift}:
-            source = row + shift - self.shift  # where in `labels` the target at that shift is
-            known = counted & (source >= 0) & (source < len(labels))
-            known &= (row % self.length + shift >= 0) & (row % self.length + shift < self.length)
-            moved = labels[np.where(known, source, 0)]
-            known &= (moved >= 0) & (moved < self.classes) & (moved != self.ignore_index)
-            if known.any():
-                y = moved.astype(np.int64)
-                y[~known] = -1
-                loss = -score_tokens(logits[:count], y, ignore_index=-1).logprob[known].mean(dtype=np.float64)
-                if loss < least:
-                    best, least = shift, loss
-        return best
-
-
-class _Block:
-    def __init__(self, task):
-        self.logits = np.empty((task.step, task.classes), task.logits.dtype)
-        self.labels = np.empty(task.step, task.targets.dtype)
-        self.weights = np.empty(task.step, task.weights.dtype) if task.weights else None
-
-
-def _blocks(task):
-    """(first row, logits, labels, weights) of each block; the next one is read while the caller computes."""
-    free, full = queue.SimpleQueue(), queue.SimpleQueue()
-    files = task.stack.pop_all()
-
-    def read():
-        with files:
-            try:
-                for first in range(0, task.rows, task.step):
-                    block = free.get()
-                    if block is None:
-                        return
-                    full.put((block, task.read(block, first)))
-                full.put((None, None))
-            except BaseException as error:  # raised again in the caller's thread
-                full.put((None, error))
-
-    for _ in range(2):
-        free.put(_Block(task))
-    # A daemon, which nobody waits for long: it may hang in a pipe that says nothing. Hence it closes the files itself.
-    thread = threading.Thread(target=read, name="numbaloss reader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            block, item = full.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                return
-            yield item
-            free.put(block)
-    finally:
-        free.put(None)
-        thread.join(1)
-
-
-class _Output:
-    """A .npy file that appears under its name when it is finished, or not at all."""
-
-    def __init__(self, path, shape, dtype, inputs):
-        self.name = os.fsdecode(path)
-        self.path = os.path.realpath(self.name)
-        if os.path.exists(self.path):
-            if not os.path.isfile(self.path):
-                raise FileError(self.name, "expected a file name to write to, got something else that exists")
-            for file in inputs:
-                if file.is_file(self.path):
-                    raise FileError(self.name, "would replace an input")
-        self.dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
-        self.header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        self.part = f"{self.path}.{secrets.token_hex(4)}.part"
-        self.file = None
-
-    def _guard(self, function, *arguments):
-        try:
-            return function(*arguments)
-        except OSError as error:
-            raise FileError(self.name, f"cannot be written: {error.strerror or error}") from error
-
-    def __enter__(self):
-        self.file = self._guard(open, self.part, "xb")
-        return self
-
-    def write(self, values):
-        if self.header:
-            header, self.header = self.header, None
-            self._guard(npy.write_array_header_1_0, self.file, header)
-        self._guard(self.file.write, np.ascontiguousarray(values, self.dtype))
-
-    def finish(self):
-        self.write(np.empty(0, self.dtype))  # the header, where there was no block
-        self._guard(self.file.close)
-        self._guard(os.replace, self.part, self.path)
-        self.part = None
-
-    def __exit__(self, *_):
-        if self.part is not None:
-            with suppress(OSError):  # the disk is full: that error is on its way already
-                self.file.close()
-            os.unlink(self.part)
+    def result(self, run, text_bytes):
+        """A Score of the rows so far."""
+        task, found = run.task, {name: measure.result() for name, measure in self.measures.items() if name != "groups"}
+        total = self.measures["loss"].evaluation.result()
+        groups, group_error = None, None
+        if "groups" in self.measures:
+            groups, group_error = self.measures["groups"].result(total.loss, total.weight)
+        error, bins = found.get("calibration", (None, None))
+        bits = None if text_bytes is None else total.loss * total.weight / math.log(2) / text_bytes
+        return Score(
+            **total._asdict(),
+            shift=task.shift,
+            better_shift=run.notes.get("better_shift"),
+            floor=task.logits[0].floor,
+            top_k=found.get("top_k"),
+            bits_per_byte=bits,
+            calibration_error=error,
+            calibration=bins,
+            temperature=found.get("temperature"),
+            groups=groups,
+            group_standard_error=group_error,
+            by_position=found.get("by_position"),
+            worst=found.get("worst"),
+            rows=run.rows,
+            complete=run.rows == task.rows,
+            seconds=run.seconds,
+            bytes=sum(file.nbytes for file in task.files) * run.rows // max(task.rows, 1),
+        )
