@@ -118,7 +118,8 @@ class Evaluation:
         mean = loss / weight
         error = math.nan
         if n > 1 and math.isfinite(mean):
-            spread = max(0.0, math.fsum((square_loss2, -2 * mean * square_loss, mean * mean * square)))
+            terms = square_loss2, -2 * mean * square_loss, mean * mean * square
+            spread = max(0.0, math.fsum(terms)) if all(map(math.isfinite, terms)) else math.inf
             error = math.sqrt(spread * n / (n - 1)) / weight
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(mean))

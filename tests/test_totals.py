@@ -355,3 +355,10 @@ def test_json_that_was_changed(change):
 def test_result_dtype_of_totals():
     for dtype in DTYPES.values():
         assert nl.cross_entropy(make_logits(3, 4, dtype), [0, 1, 2]).dtype == result_dtype(dtype)
+
+
+def test_losses_whose_squares_overflow():
+    x = np.array([[0.0, -1e300], [0.0, -3e300], [0.0, -1.0]])
+    result = nl.Evaluation().update(x, [1, 1, 0]).result()
+    assert result.loss == np.mean([1e300, 3e300, np.log1p(np.exp(-1))])
+    assert result.standard_error == np.inf
