@@ -40,7 +40,7 @@ def files(tmp_path):
 
 
 def command(*arguments, **options):
-    options = {"capture_output": True, "text": True, "timeout": 120, **options}
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
     return subprocess.run([sys.executable, "-m", "numbaloss", *map(str, arguments)], check=False, **options)
 
 
@@ -159,22 +159,30 @@ def test_stdin(files):
     assert (closed.returncode, closed.stderr) == (2, "numbaloss: -: is empty\n")
 
 
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from numbaloss.cli import main
+raise SystemExit(main())
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no POSIX signals and pipes")
 def test_interrupt(files):
-    started = [sys.executable, "-c", "print(flush=True); from numbaloss.cli import main; raise SystemExit(main())"]
+    started = [sys.executable, "-c", INTERRUPTIBLE]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     arguments = ["score", "-", str(files / "t.npy"), "--per-token", str(files / "out.npy")]
     with subprocess.Popen([*started, *arguments], **pipes) as process:
         header = (files / "l.npy").read_bytes()[:150]
         process.stdin.write(header)  # and then nothing: the reader waits inside the first block
         process.stdin.flush()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not any("part" in name for name in os.listdir(files)):  # written when all inputs are open
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
         assert process.stderr.read() in (b"", b"numbaloss: interrupted after 0 rows\n")  # still compiling, or not
     assert sorted(os.listdir(files)) == ["l.npy", "t.npy", "w.npy"]
 
@@ -185,19 +193,19 @@ def test_interrupt_prints_the_rows_so_far(files):
     logits, targets = rng.standard_normal((9000, 9)).astype(np.float32), rng.integers(0, 9, 9000)
     np.save(files / "l.npy", logits)
     np.save(files / "t.npy", targets)
-    out, started = files / "out.npy", "from numbaloss.cli import main; raise SystemExit(main())"
+    out = files / "out.npy"
     arguments = ["score", "-", files / "t.npy", "--json", "--memory", "64K", "--per-token", out]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", started, *map(str, arguments)], **pipes) as process:
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTIBLE, *map(str, arguments)], **pipes) as process:
         process.stdin.write((files / "l.npy").read_bytes()[: 128 + 8000 * 36])  # and then nothing
         process.stdin.flush()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not any(path.stat().st_size >= 4 * 4096 for path in files.glob("out*.part")):  # what blocks have given
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
         got, err = json.loads(process.stdout.read()), process.stderr.read().decode()
     rows = got["rows"]
     assert 4000 < rows <= 8000

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import struct
 import threading
 import warnings
@@ -17,6 +18,8 @@ from numbaloss.files import FileError, compare
 from numbaloss.files.compare import DIVERGENCES, QUANTILES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 B, T, V = 5, 8, 12
 IGNORED = 99
@@ -276,3 +279,17 @@ def test_base_from_a_pipe(tmp_path):
     got = compare(pipe, files["candidate"])
     thread.join()
     assert plain(got) == plain(compare(files["base"], files["candidate"]))
+
+
+def test_files_that_llama_cpp_wrote():
+    """By llama.cpp 0c1e57098: a model of random weights with 321 tokens, one with some noise; n_ctx 32, 3 chunks. The
+    numbers are what `llama-perplexity` printed; it takes the candidate's own logits, and renormalises nothing."""
+    result = compare(*(GOLDEN / f"llama_{name}.kld" for name in ("base", "candidate")))
+    assert (result.tokens, result.floor) == (45, 16.0)
+    assert abs(result.base["perplexity"] / 1836.8765 - 1) < 1e-5
+    assert abs(result.candidate["perplexity"] / 1939.4709 - 1) < 1e-5
+    printed = [
+        *(result.kl["mean"], result.kl["standard_error"], result.difference["mean"]),
+        *(100 * result.rms_probability_change, 100 * result.agreement["top_1"]),
+    ]
+    assert np.allclose(printed, [0.11936, 0.01427, 0.05435, 0.217, 55.556], rtol=0, atol=[1e-5, 1e-5, 1e-5, 1e-3, 1e-3])

@@ -91,7 +91,8 @@ def functions():
 
     def sigmoid(x, y):
         run = nl.value_and_grad(weighted_cross_entropy_with_logits, ("logits", "labels", "pos_weight"))
-        value, grads = run(soft(x), finite(x), 3.0)
+        labels = soft(x).astype(np.float64 if x.dtype == np.float64 else np.float32)
+        value, grads = run(labels, finite(x), 3.0)
         return *words(value, grads[0]), *grads[1:]
 
     return {
