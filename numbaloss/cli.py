@@ -149,25 +149,28 @@ def _shared(arguments):
 
 
 def _score(arguments):
-    from .files import score
+    from .files import Score, score
 
     own = {"groups": arguments.groups, "calibration": arguments.calibration or bool(arguments.report)}
     own |= {"text_bytes": arguments.bytes, "per_token": arguments.per_token}
     files = [arguments.logits, arguments.targets, arguments.weights, arguments.groups]
-    return _run(arguments, score, files[:2], files[2:], own, score_rows)
+    return _run(arguments, score, Score, files[:2], files[2:], own, score_rows)
 
 
 def _compare(arguments):
-    from .files import compare
+    from .files import Comparison, compare
 
     files = [arguments.base, arguments.candidate, arguments.targets, arguments.weights]
-    return _run(arguments, compare, files[:3], files[3:], {}, comparison_rows)
+    return _run(arguments, compare, Comparison, files[:3], files[3:], {}, comparison_rows)
 
 
-def _run(arguments, function, paths, others, own, rows_of):
+def _run(arguments, function, kind, paths, others, own, rows_of):
     """Run a pass over files, tell its result, and give the exit code."""
     from .files import Interrupted
 
+    for text, name, _, _ in arguments.fail_if:  # before an hour's pass; what is inside a field shows at its end
+        if name.partition(".")[0] not in kind._fields:
+            raise ValueError(f"--fail-if: expected the name of a number in the JSON, got {text!r}")
     if arguments.report:
         from .files.report import check_path, write_report
 

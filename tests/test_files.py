@@ -498,11 +498,11 @@ def sparse(path, shape, dtype):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no resource.getrusage")
 def test_memory_is_bounded(tmp_path):
-    rows, classes = 1 << 16, 1 << 12
+    rows, classes = 1 << 18, 1 << 12
     paths = [
         sparse(tmp_path / "small", (64, classes), "<f4"),
         sparse(tmp_path / "few", (64,), "<i8"),
-        sparse(tmp_path / "large", (rows, classes), "<f4"),  # 1 GiB
+        sparse(tmp_path / "large", (rows, classes), "<f4"),  # 4 GiB
         sparse(tmp_path / "many", (rows,), "<i8"),
     ]
     done = subprocess.run([sys.executable, "-c", BOUNDED, *paths], capture_output=True, text=True, check=False)
