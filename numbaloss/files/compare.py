@@ -161,15 +161,9 @@ class _Differences:
             weight=total.weight,
             agreement=agreement,
             **fields,
-            shift=task.shift,
-            better_shift=run.notes.get("better_shift"),
-            floor=task.logits[0].floor,
+            **run.fields(),
             histogram=measures["kl quantiles"].histogram() if has_details else None,
             worst=measures["worst"].result() if has_details else None,
-            rows=run.rows,
-            complete=run.rows == task.rows,
-            seconds=run.seconds,
-            bytes=sum(file.nbytes for file in task.files) * run.rows // max(task.rows, 1),
         )
 
     def _divergence(self, name):

@@ -109,6 +109,19 @@ class Pass:
             self.save()
         return result(self)
 
+    def fields(self):
+        """What every result tells of its pass."""
+        task, rows = self.task, self.rows
+        return {
+            "shift": task.shift,
+            "better_shift": self.notes.get("better_shift"),
+            "floor": task.logits[0].floor,
+            "rows": rows,
+            "complete": rows == task.rows,
+            "seconds": self.seconds,
+            "bytes": sum(file.nbytes for file in task.files) * rows // max(task.rows, 1),
+        }
+
     def save(self):
         """Replaces the state, whole or not at all."""
         state = {**self.head, "rows": self.rows, "seconds": self.seconds, "notes": self.notes}

@@ -166,7 +166,7 @@ class _Scores:
 
     def result(self, run, text_bytes):
         """A Score of the rows so far."""
-        task, found = run.task, {name: measure.result() for name, measure in self.measures.items() if name != "groups"}
+        found = {name: measure.result() for name, measure in self.measures.items() if name != "groups"}
         total = self.measures["loss"].evaluation.result()
         groups, group_error = None, None
         if "groups" in self.measures:
@@ -175,9 +175,7 @@ class _Scores:
         bits = None if text_bytes is None else total.loss * total.weight / math.log(2) / text_bytes
         return Score(
             **total._asdict(),
-            shift=task.shift,
-            better_shift=run.notes.get("better_shift"),
-            floor=task.logits[0].floor,
+            **run.fields(),
             top_k=found.get("top_k"),
             bits_per_byte=bits,
             calibration_error=error,
@@ -187,8 +185,4 @@ class _Scores:
             group_standard_error=group_error,
             by_position=found.get("by_position"),
             worst=found.get("worst"),
-            rows=run.rows,
-            complete=run.rows == task.rows,
-            seconds=run.seconds,
-            bytes=sum(file.nbytes for file in task.files) * run.rows // max(task.rows, 1),
         )
