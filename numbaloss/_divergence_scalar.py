@@ -11,7 +11,7 @@ from numba.extending import overload
 
 from ._intrinsics import at_least, fma, rounded_product, select
 from ._scalar import f32, log1p_32, scalar
-from ._typed import by_precision, exp_neg, grad_of, number, softmax_frame
+from ._typed import by_precision, exp_neg, number, probability_of, softmax_frame
 
 LN2 = 0.6931471805599453
 NEAR = 1.5
@@ -188,7 +188,7 @@ def parts(x, y, frame):
     d = select(d == d, d, zero)
     up = d > zero
     v = select(up, y - shift_q, x - shift_p)
-    larger = grad_of(v, select(up, m_q, m_p), select(up, low_q, low_p), select(up, scale_q, scale_p))
+    larger = probability_of(v, select(up, m_q, m_p), select(up, low_q, low_p), select(up, scale_q, scale_p))
     a = abs(d)
     return larger, up, d, a, exp_neg(a)
 

@@ -484,15 +484,21 @@ def reference_32(largest):
 
 
 @scalar
-def term_32(x, low, m, total):
-    """total + 2^(x * LOG2E - ref), and the exponent word t = m + n; (m, low) from frame_32(ref, BIAS).
-
-    What lies under `low` adds exactly 0. NaN stays NaN.
+def power_32(x, low, m):
+    """(p, power of two, exponent word t = m + n) of 2^(x * LOG2E - ref), the product of the first two; (m, low) from
+    frame_32(ref, BIAS). Exactly 0 where x lies under `low`. NaN stays NaN.
     """
     v = at_least(x, low)
     t = fma(v, LOG2E, m)
     f = fma(v, LOG2E, -(t - m))
-    return fma(exp2_sum(f), low_bits_exponent(t), total), t
+    return exp2_sum(f), low_bits_exponent(t), t
+
+
+@scalar
+def term_32(x, low, m, total):
+    """total + 2^(x * LOG2E - ref), and its exponent word; see power_32."""
+    p, power, t = power_32(x, low, m)
+    return fma(p, power, total), t
 
 
 @scalar

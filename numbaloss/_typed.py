@@ -36,6 +36,7 @@ from ._scalar import (
     frame_32,
     log1p_32,
     log1p_64,
+    power_32,
     reference_32,
     scalar,
     sigmoid_loss,
@@ -214,27 +215,31 @@ def _softmax_frame(largest, u, log1p_u):
     return softmax_frame_32
 
 
+def probability_of(v, m, low, scale):
+    """One entry of a softmax, of v = x - shift, which may miss `top` by an ulp; the rest from softmax_frame."""
+
+
+@overload(probability_of)
+def _probability_of(v, m, low, scale):
+    if precision_of(v) == types.float64:
+
+        def probability_of_64(v, m, low, scale):
+            p, t = split_64(at_least(v, low), m)
+            return p * low_bits_exponent(t) * scale
+
+        return probability_of_64
+
+    def probability_of_32(v, m, low, scale):
+        p, t = split_32(at_least(v, low), m, ONE)
+        return p * low_bits_exponent(t) * scale
+
+    return probability_of_32
+
+
+@scalar
 def softmax_of(x, largest, m, low, shift, scale, top):
     """One entry of a softmax; the rest from softmax_frame."""
-
-
-@overload(softmax_of)
-def _softmax_of(x, largest, m, low, shift, scale, top):
-    if x == types.float64:
-
-        def softmax_of_64(x, largest, m, low, shift, scale, top):
-            v = x - shift
-            p, t = split_64(select(v < low, low, v), m)
-            return select(x == largest, top, p * low_bits_exponent(t) * scale)
-
-        return softmax_of_64
-
-    def softmax_of_32(x, largest, m, low, shift, scale, top):
-        v = x - shift
-        p, t = split_32(select(v < low, low, v), m, ONE)
-        return select(x == largest, top, p * low_bits_exponent(t) * scale)
-
-    return softmax_of_32
+    return select(x == largest, top, probability_of(x - shift, m, low, scale))
 
 
 def grad_frame(zero, top, others, k):
@@ -252,7 +257,7 @@ def _grad_frame(zero, top, others, k):
 
     def grad_frame_32(zero, top, others, k):
         ref, shift = reference_32(f32(top))
-        rest = fma(np.float64(ref), LN2_HI, fma(np.float64(ref), LN2_LO, np.float64(shift) - top))
+        rest = fma(np.float64(ref), INV_LOG2E, np.float64(shift) - top)
         m, low = frame_32(ref, BIAS + f32(24))
         return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(0.0 - rounded_product(others, k))
 
@@ -260,22 +265,18 @@ def _grad_frame(zero, top, others, k):
 
 
 def grad_of(v, m, low, factor):
-    """One entry of a gradient but for the target's, of v = x - shift; the rest from grad_frame."""
+    """One entry of a gradient but for the target's, of v = x - shift: in float32 the very term that was summed, times
+    a number; the rest from grad_frame."""
 
 
 @overload(grad_of)
 def _grad_of(v, m, low, factor):
     if precision_of(v) == types.float64:
-
-        def grad_of_64(v, m, low, factor):
-            p, t = split_64(at_least(v, low), m)
-            return p * low_bits_exponent(t) * factor
-
-        return grad_of_64
+        return lambda v, m, low, factor: probability_of(v, m, low, factor)
 
     def grad_of_32(v, m, low, factor):
-        p, t = split_32(at_least(v, low), m, ONE)
-        return p * low_bits_exponent(t) * factor
+        p, power, _ = power_32(v, low, m)
+        return p * power * factor
 
     return grad_of_32
 
