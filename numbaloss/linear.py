@@ -10,7 +10,7 @@ from .softmax import _cross_entropy_rows
 from .totals import handed_over
 
 TILE = {"numpy": 512, "cupy": 1024}  # rows of a matmul, or half as many: by no chunk, for bits may depend on how many
-CHUNK = {"numpy": 1 << 26, "cupy": 1 << 29}  # bytes of logits and hidden rows at a time, unless given
+CHUNK = {"numpy": 1 << 27, "cupy": 1 << 29}  # bytes of logits and hidden rows at a time, unless given
 BLOCK = {"numpy": 1 << 24, "cupy": 1 << 27}  # bytes of the weight at a time
 
 
@@ -37,7 +37,7 @@ def linear_cross_entropy(
         loss = cross_entropy(hidden @ weight.T + bias, targets, ...)
 
     The logits are those of the array library's matmul, and as right as it makes them; from there on all is as in
-    cross_entropy. It takes 512 rows at a time (256 if more would fill 64 MiB; CuPy: 1024, 512, 512 MiB) and a block of
+    cross_entropy. It takes 512 rows at a time (256 if more would fill 128 MiB; CuPy: 1024, 512, 512 MiB) and a block of
     classes. Row i has the same place in the same matmul whatever the chunk, so value and gradients have the same bits
     whatever the chunk, if the library repeats its own. Not promised are the same bits for other rows beside a row,
     another number of threads or another processor: OpenBLAS, NumPy's, keeps them on some processors only.
@@ -51,7 +51,7 @@ def linear_cross_entropy(
         bias: real numbers, (classes,), or None.
         weights, class_weights, ignore_index, label_smoothing, z_loss, softcap, temperature, reduction, check_labels: as
             cross_entropy. A row of weight 0 is not looked at, whatever `hidden` holds there.
-        chunk: bytes of logits and hidden rows that are held at a time: 64 MiB unless given (CuPy: 512 MiB), and the
+        chunk: bytes of logits and hidden rows that are held at a time: 128 MiB unless given (CuPy: 512 MiB), and the
             rows of one matmul at least. Beside it there are two blocks of the weight, 16 MiB each (CuPy: 128 MiB).
     Returns:
         A scalar, or targets' shape for "none"; float32, or float64 for float64; in nats. The mean of no rows is NaN.
@@ -154,23 +154,25 @@ class _Layer:
 
     def losses(self):
         loss = self.xp.empty(self.rows.shape, self.dtype)
-        for begin, end in self.chunks:
-            _xent.losses(self._chunk(begin, end), _check.part(_check.flat(loss), begin, end))
+        with kernels("_launch", hidden=self.hidden).between_matmuls():
+            for begin, end in self.chunks:
+                _xent.losses(self._chunk(begin, end), _check.part(_check.flat(loss), begin, end))
         return loss
 
     def gradients(self, slopes, grads):
         """The losses; `grads` by name: "hidden" of hidden's shape, "weight" and "bias" zeros in self.dtype."""
         loss = self.xp.empty(self.rows.shape, self.dtype)
         by_hidden = None if grads["hidden"] is None else self.xp.empty(self.x.shape, self.dtype)
-        for begin, end in self.chunks:
-            q = self._chunk(begin, end)
-            row_loss = _check.part(_check.flat(loss), begin, end)
-            _xent.gradients(q, slopes[begin:end], q.x, loss=row_loss)
-            self._add_products(end - begin, by_hidden, grads["weight"], grads["bias"])
-            if by_hidden is not None:
-                values = by_hidden[: end - begin], self.factors[begin:end]
-                to = _check.readable(grads["hidden"])
-                kernels("elements", loss=loss).put_rows(values[0].size, end - begin, *values, *to, begin)
+        with kernels("_launch", hidden=self.hidden).between_matmuls():
+            for begin, end in self.chunks:
+                q = self._chunk(begin, end)
+                row_loss = _check.part(_check.flat(loss), begin, end)
+                _xent.gradients(q, slopes[begin:end], q.x, loss=row_loss)
+                self._add_products(end - begin, by_hidden, grads["weight"], grads["bias"])
+                if by_hidden is not None:
+                    values = by_hidden[: end - begin], self.factors[begin:end]
+                    to = _check.readable(grads["hidden"])
+                    kernels("elements", loss=loss).put_rows(values[0].size, end - begin, *values, *to, begin)
         return loss
 
     def _add_products(self, size, by_hidden, by_weight, by_bias):

@@ -9,6 +9,7 @@ import inspect
 import os
 import threading
 import types
+from contextlib import contextmanager
 
 import numba
 import numpy as np
@@ -97,6 +98,22 @@ class Kernel:
         except OSError:  # the cache folder is full or has become read-only
             kernel._cache = NullCache()
             return kernel(*args)
+
+
+@contextmanager
+def between_matmuls():
+    """Of two threads kernels use one: after a product OpenBLAS's other thread holds its core for 20 ms, and a kernel of
+    two threads would wait for it, which takes longer than to do all alone."""
+    global _started
+    if _forked:
+        yield
+        return
+    _started, threads = True, numba.get_num_threads()
+    numba.set_num_threads(1 if threads == 2 else threads)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(threads)
 
 
 def cache_folder():
