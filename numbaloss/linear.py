@@ -154,7 +154,7 @@ class _Layer:
 
     def losses(self):
         loss = self.xp.empty(self.rows.shape, self.dtype)
-        with kernels("_launch", hidden=self.hidden).between_matmuls():
+        with kernels("_launch", hidden=self.hidden).leave_a_core():
             for begin, end in self.chunks:
                 _xent.losses(self._chunk(begin, end), _check.part(_check.flat(loss), begin, end))
         return loss
@@ -163,7 +163,7 @@ class _Layer:
         """The losses; `grads` by name: "hidden" of hidden's shape, "weight" and "bias" zeros in self.dtype."""
         loss = self.xp.empty(self.rows.shape, self.dtype)
         by_hidden = None if grads["hidden"] is None else self.xp.empty(self.x.shape, self.dtype)
-        with kernels("_launch", hidden=self.hidden).between_matmuls():
+        with kernels("_launch", hidden=self.hidden).leave_a_core():
             for begin, end in self.chunks:
                 q = self._chunk(begin, end)
                 row_loss = _check.part(_check.flat(loss), begin, end)

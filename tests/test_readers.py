@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import pickle
 import struct
 import sys
@@ -17,8 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import numbaloss as nl
+from numbaloss import files
 from numbaloss.files.readers import FileError, open_array
 
+FOLDER = pathlib.Path(__file__).parent / "golden"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CODES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "BF16": BF16}
 CODES |= {f"{k}{8 * n}": f"<{k.lower()}{n}" for k in "IU" for n in (1, 2, 4, 8)}
@@ -196,6 +200,22 @@ def test_length_that_looks_like_another_kind(tmp_path):
         content = safetensors({"x": values(3)}, pad=int.from_bytes(first, "little") - length)
         assert content[:2] == first
         assert_reads(put(tmp_path / "a", content), values(3))
+
+
+def test_files_of_the_safetensors_package():
+    """Written by safetensors 0.8.0 and huggingface_hub 2.4.0 from torch.randn(2, 5, 7), seed 0."""
+    one, index = FOLDER / "safetensors" / "one.safetensors", FOLDER / "safetensors" / "sharded.safetensors.index.json"
+    exact = whole(f"{index}:other")
+    assert exact.shape == (2, 5, 7)
+    assert exact[0, 0, :3].round(4).tolist() == np.float32([-1.1258, -1.1524, -0.2506]).tolist()
+    assert_reads(f"{index}:other", exact)
+    assert_reads(index, exact.astype(np.float16))
+    assert_reads(one, exact.astype(BF16))
+    targets, weights = whole(one, "targets"), whole(one, "weights")
+    assert weights.sum() == 8
+    assert whole(index, "targets").tolist() == targets.tolist()
+    want = nl.cross_entropy(exact.astype(BF16), targets, weights=weights)
+    assert np.float32(files.score(one, weights=one).loss) == want
 
 
 def test_index(tmp_path):

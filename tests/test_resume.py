@@ -330,7 +330,6 @@ def test_another_pass(stopped):
     refused(stopped, f"{path}: arguments: expected [2, 50, ", "got [1, 50, ", shift=2)
     refused(stopped, f"{path}: arguments: ", ignore_index=51)
     refused(stopped, f"{path}: arguments: ", details=False)
-    refused(stopped, f"{path}: block: expected ", memory=10 * MEMORY)
     with pytest.raises(FileError, match="state: arguments: expected"):
         a_pass(stopped, "compare", resume=path)
     logits = stopped / "logits.npy"
@@ -343,6 +342,14 @@ def test_another_pass(stopped):
     logits.write_bytes(content)
     os.utime(logits, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert plain(a_pass(stopped, "npy", out="out", resume=path)) == plain(a_pass(stopped, "npy"))
+
+
+@pytest.mark.parametrize("memory", [3 * MEMORY, 1 << 20])
+def test_other_blocks(stopped, memory):
+    """A pass goes on with more memory."""
+    got = a_pass(stopped, "npy", out="out", resume=stopped / "state", memory=memory)
+    assert plain(got) == plain(a_pass(stopped, "npy", out="whole"))
+    assert (stopped / "out.npy").read_bytes() == (stopped / "whole.npy").read_bytes()
 
 
 def test_truncated_output(stopped):

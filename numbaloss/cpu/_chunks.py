@@ -86,6 +86,22 @@ def max_tile(x, best):
 
 
 @njit
+def tile_max(like, address, size):
+    """The largest of `size` > 0 neighbouring logits; if one is NaN, that or another."""
+    out_of_line()
+    a = b = c = d = splat(type(compute_zero(like))(-np.inf))
+    step, whole = WIDTH * item_size(like), size // (4 * WIDTH)
+    for _ in range(whole):  # four at a time: one would wait for the one before
+        a, b = at_least(load(like, address), a), at_least(load(like, address + step), b)
+        c, d = at_least(load(like, address + 2 * step), c), at_least(load(like, address + 3 * step), d)
+        address += 4 * step
+    for i in range(4 * WIDTH * whole, size, WIDTH):
+        a = at_least(load(like, address) if i + WIDTH <= size else load_part(like, address, size - i), a)
+        address += step
+    return largest(at_least(at_least(a, b), at_least(c, d)))
+
+
+@njit
 def fold_lanes(zero, lanes, size):
     """The butterfly: lane l takes in lane l + h for h = 512 ... 1. Lanes from `size` on count as `zero`."""
     always_inline()

@@ -101,15 +101,15 @@ class Kernel:
 
 
 @contextmanager
-def between_matmuls():
-    """Of two threads kernels use one: after a product OpenBLAS's other thread holds its core for 20 ms, and a kernel of
-    two threads would wait for it, which takes longer than to do all alone."""
+def leave_a_core():
+    """Kernels use a thread less: another one reads, or holds its core for 20 ms after a matmul (OpenBLAS), and a kernel
+    waits for the slowest of its own."""
     global _started
     if _forked:
         yield
         return
     _started, threads = True, numba.get_num_threads()
-    numba.set_num_threads(1 if threads == 2 else threads)
+    numba.set_num_threads(max(1, threads - 1))
     try:
         yield
     finally:

@@ -5,9 +5,9 @@ from numba import njit
 
 from .._check import NO_LABEL
 from .._scalar import CHUNK, LANES, exp_64, exponent_32, f32, merge, merge_moments, others_to_target, target_loss
-from .._typed import compute_zero, item_size, key_value, widen
+from .._typed import compute_zero, item_size, widen
 from .._vector import WIDTH, splat
-from ._chunks import MARGIN, NO_GUESS, chunk_max, chunk_moment, chunk_sum
+from ._chunks import MARGIN, NO_GUESS, chunk_moment, chunk_sum, tile_max
 from ._memory import always_inline, gather, load, out_of_line, span, store_as
 
 
@@ -46,22 +46,20 @@ def row_sum(like, rows, address, skip, lanes, spare):
 
 @njit
 def row_max(like, rows, address, spare):
-    """(largest logit, its first index) of a row. A row with NaN: that of a positive NaN, or of the largest number."""
+    """(largest logit, its first index) of a row; of a row with NaN any number, and an index."""
     out_of_line()
-    stride, classes = rows[4], rows[5]
-    best = chunk_max(like, address, stride, min(CHUNK, classes), -1, spare)
-    where = 0
-    for begin in range(CHUNK, classes, CHUNK):
-        key = chunk_max(like, address + begin * stride, stride, min(CHUNK, classes - begin), -1, spare)
-        if key > best:
-            best, where = key, begin
-    largest = key_value(compute_zero(like), best)
-    for i in range(where, classes):
-        x = widen(span(like, address + i * stride, 1)[0])
-        if x == largest or (x != x and largest != largest):
+    stride, classes, zero = rows[4], rows[5], compute_zero(like)
+    best, where = type(zero)(-np.inf), 0
+    for begin in range(0, classes, LANES):
+        size = min(LANES, classes - begin)
+        top = tile_max(like, gather(like, address + begin * stride, stride, size, spare), size)
+        if top > best:
+            best, where = top, begin
+    for i in range(where, min(where + LANES, classes)):
+        if widen(span(like, address + i * stride, 1)[0]) == best:
             where = i
             break
-    return largest, where
+    return best + zero, where  # -0 becomes 0
 
 
 @njit

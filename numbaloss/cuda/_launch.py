@@ -7,7 +7,7 @@ on CuPy's current stream and on the device of the arrays; nothing here waits for
 import ctypes
 import struct
 import threading
-from contextlib import nullcontext as between_matmuls
+from contextlib import nullcontext as leave_a_core
 from functools import cache
 
 import cupy
@@ -18,7 +18,7 @@ from numba.cuda.models import register_model
 
 from .._backend import package_stamp
 
-__all__ = ["between_matmuls", "cuda", "device", "kept", "kernel", "launch", "processors", "register_model"]
+__all__ = ["cuda", "device", "kept", "kernel", "launch", "leave_a_core", "processors", "register_model"]
 
 _lock = threading.Lock()
 _compiled = {}

@@ -128,7 +128,8 @@ class _Differences:
         if "worst" in measures:
             measures["worst"].add(rows, divergences["kl"], tell)
         measures["agreement"].add((best != other).astype(np.float64), weights)
-        rank = run_on(_ranked, block.logits[1], base.argmax)[at]
+        asked = np.where(base.argmax == candidate.argmax, -1, base.argmax)  # where they agree the rank is 0
+        rank = np.maximum(run_on(_ranked, block.logits[1], asked)[at], 0)
         measures["top_k"].add(rank, np.ones(len(at)) if weights is None else weights)
         if task.targets is None:
             return

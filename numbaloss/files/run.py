@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.lib import format as npy
 
+from ..cpu._launch import leave_a_core
 from .arrayfile import FileError, reason
 
 SAVE_SECONDS = 10  # between two writes of the state
@@ -66,7 +67,7 @@ class Pass:
         self.task, self.measures, self.output = task, measures, output
         self.rows, self.seconds, self.notes = 0, 0.0, {}
         self.path = None if resume is None else os.fsdecode(resume)
-        self.head = {"numbaloss.pass": 1, "arguments": arguments, "block": task.step}
+        self.head = {"numbaloss.pass": 1, "arguments": arguments}
         if self.path is None:
             return
         if output is not None and os.path.realpath(self.path) == output.path:
@@ -88,7 +89,7 @@ class Pass:
         first, before, start = self.rows, self.seconds, time.perf_counter()
         saved = start
         try:
-            with closing(self.task.blocks(self.rows)) as blocks:
+            with leave_a_core(), closing(self.task.blocks(self.rows)) as blocks:
                 for block in blocks:
                     with _whole():  # so that all measures are of the same rows
                         take(block)
