@@ -26,7 +26,7 @@ from .._scalar import (
 )
 from .._typed import compute_zero, item_size, key_value, shifted_frame, term, widen
 from .._vector import WIDTH, fold, largest, most_bits, most_bits_of, splat
-from ._memory import always_inline, gather, load, load_part, out_of_line, span, store
+from ._memory import always_inline, gather, load, load_part, load_up_to, out_of_line, span, store
 
 HEAD = 64  # classes whose maximum gives a chunk its first reference exponent
 NO_GUESS = f32(np.nan)
@@ -96,7 +96,7 @@ def tile_max(like, address, size):
         c, d = at_least(load(like, address + 2 * step), c), at_least(load(like, address + 3 * step), d)
         address += 4 * step
     for i in range(4 * WIDTH * whole, size, WIDTH):
-        a = at_least(load(like, address) if i + WIDTH <= size else load_part(like, address, size - i), a)
+        a = at_least(load_up_to(like, address, size - i), a)
         address += step
     return largest(at_least(at_least(a, b), at_least(c, d)))
 

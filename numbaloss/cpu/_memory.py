@@ -115,6 +115,13 @@ def load_part(typingctx, like, address, size):
     return _wide(like)(like, types.int64, types.int64), codegen
 
 
+@njit
+def load_up_to(like, address, size):
+    """The first `size` > 0 logits at `address`, at most WIDTH, and -inf."""
+    always_inline()
+    return load(like, address) if size >= WIDTH else load_part(like, address, size)
+
+
 @intrinsic
 def store(typingctx, address, v):
     """Write a Vector to `address`."""

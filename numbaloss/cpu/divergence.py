@@ -27,7 +27,7 @@ from .._typed import compute_zero, item_size, number
 from .._vector import WIDTH
 from ._chunks import fold_lanes
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, load, load_part, out_of_line, span, stack, store, store_as, write
+from ._memory import TILE_BYTES, gather, load, load_up_to, out_of_line, span, stack, store, store_as, write
 from ._rows import fill_row, leave_largest_out, row_address, scatter, weight_is_zero
 
 SUMS_BYTES = 4 * TILE_BYTES
@@ -106,9 +106,7 @@ def tiles(like, rows, r, begin, size, rooms):
 def pair(like, at_p, at_q, i, size):
     """Vectors of both rows; -inf from `size` on, which adds 0 to every sum."""
     at = i * item_size(like)
-    if i + WIDTH <= size:
-        return load(like, at_p + at), load(like, at_q + at)
-    return load_part(like, at_p + at, size - i), load_part(like, at_q + at, size - i)
+    return load_up_to(like, at_p + at, size - i), load_up_to(like, at_q + at, size - i)
 
 
 @njit

@@ -10,7 +10,7 @@ from .._scalar import LANES
 from .._typed import capped, item_size, uncapped
 from .._vector import WIDTH
 from ._launch import Kernel
-from ._memory import TILE_BYTES, always_inline, gather, load, load_part, out_of_line, stack, store_as
+from ._memory import TILE_BYTES, gather, load_up_to, out_of_line, stack, store_as
 from ._rows import fill_row, row_address, scatter, weight_is_zero
 
 
@@ -66,12 +66,6 @@ def uncap_tile(zero, grad, like, address, size, cap, like_out, to):
         x = load_up_to(like, address + i * item_size(like), size - i)
         g = load_up_to(zero, grad + i * item_size(zero), size - i)
         store_as(like_out, to + i * item_size(like_out), uncapped(g, x, cap), size - i)
-
-
-@njit
-def load_up_to(like, address, size):
-    always_inline()
-    return load(like, address) if size >= WIDTH else load_part(like, address, size)
 
 
 def _take_rows(blocks, like, rows, first, weights, out):
