@@ -40,11 +40,13 @@ if torch is not None and not torch.cuda.is_available():
     torch = None
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-CHECKS = ("test_cuda.py", "test_cuda_device.py")
+CHECKS = sorted(set(TESTS.glob("test_cuda*.py")) - {TESTS / "test_cuda_sass.py"})
 SHAPES = [(4096, 32000), (65536, 1024), (262144, 256), (8192, 128256), (4096, 50257), (4096, 50256), (1 << 20, 10)]
 SHAPES += [(16384, 8192), (1 << 18, 100), (1, 262144), (16, 262144), (4096, 262144)]
 QUICK_SHAPES = SHAPES[:7]
 COMPILED = SHAPES[:2]  # torch.compile takes up to a minute a shape
+GRADIENTS = [((8192, 128256), "bfloat16"), ((4096, 32000), "bfloat16"), ((4096, 32000), "float32")]
+GRADIENTS += [((65536, 1024), "bfloat16"), ((1 << 20, 10), "float32")]
 SIXTEEN_BITS = ("bfloat16", "float16")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EPS = 2.0**-23
@@ -72,7 +74,7 @@ def pytest_command(report, name, *more):
 
 def run_checks(report, seconds):
     """The tests of the CUDA backend, on this device."""
-    command, path = pytest_command(report, "checks", *(str(TESTS / name) for name in CHECKS))
+    command, path = pytest_command(report, "checks", *map(str, CHECKS))
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, timeout=seconds)
     try:
@@ -265,7 +267,7 @@ def free_memory():
 
 def fits(rows, classes, dtype, free):
     """Whether there is room for the logits, a copy of them, and what the contenders allocate."""
-    return 3 * rows * classes * np.dtype(DTYPES[dtype]).itemsize + (1 << 30) < free
+    return 5 * rows * classes * np.dtype(DTYPES[dtype]).itemsize + (1 << 30) < free
 
 
 def time_losses(device, report, shape, dtype, quick):
@@ -292,6 +294,64 @@ def time_others(device, report, shape, dtype):
             contenders["torch"] = lambda f=getattr(F, function): f(t, -1, dtype=torch.float32)
         written = 4 * rows * classes
         time_case(device, report, f"{function} {name}", contenders, x, x.nbytes + written, "copy")
+
+
+def room_like(x):
+    return cupy.empty(x.nbytes, np.uint8).view(x.dtype).reshape(x.shape)
+
+
+def time_gradients(device, report, shape, dtype):
+    """Value and gradient of the cross entropy of integer labels, plain and with options."""
+    rows, classes = shape
+    x, y = random_logits(rows, classes, dtype), cupy.asarray(make_labels(rows, classes))
+    run, out = nl.value_and_grad(nl.cross_entropy), room_like(x)
+    contenders = {"numbaloss": lambda: run(x, y, out=out)}
+    contenders["numbaloss smoothing, z_loss"] = lambda: run(x, y, out=out, label_smoothing=0.1, z_loss=1e-4)
+    contenders["numbaloss Hessian"] = lambda: nl.value_grad_hess(nl.cross_entropy)(x, y)
+    if torch is not None:
+        a, b = as_torch(x).clone().requires_grad_(), torch.from_dlpack(y)
+
+        def backward(loss):
+            a.grad = None
+            loss(a, b).backward()
+
+        contenders["torch"] = lambda: backward(F.cross_entropy)
+        if liger_cross_entropy is not None:
+            contenders["liger"] = lambda: backward(liger_cross_entropy)
+    time_case(device, report, f"value and grad {rows}x{classes} {dtype}", contenders, x, 2 * x.nbytes, "copy")
+
+
+def time_divergences(device, report, shape, dtype):
+    """Divergences of two arrays of logits."""
+    rows, classes = shape
+    x = random_logits(rows, classes, dtype)
+    other, out = x[::-1], room_like(x)
+    contenders = {"numbaloss": lambda: nl.kl_divergence(x, other, reduction="none")}
+    contenders["numbaloss js"] = lambda: nl.js_divergence(x, other, reduction="none")
+    run = nl.value_and_grad(nl.kl_divergence, wrt="logits_q")
+    contenders["numbaloss value and grad"] = lambda: run(x, other, out=out)
+    if torch is not None:
+        a, b = as_torch(x), as_torch(x).flip(0)
+
+        def kl():
+            p, q = (F.log_softmax(t, -1, dtype=torch.float32) for t in (a, b))
+            return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+        contenders["torch"] = kl
+    time_case(device, report, f"KL {rows}x{classes} {dtype}", contenders, x, 2 * x.nbytes)
+
+
+def time_linear(device, report, rows=4096, features=2048, classes=32000):
+    """linear_cross_entropy and its gradients against its matmuls alone, in the precision that CuPy takes for them."""
+    hidden, weight = random_logits(rows, features, "float32"), random_logits(classes, features, "float32")
+    y, logits = cupy.asarray(make_labels(rows, classes)), cupy.empty((rows, classes), np.float32)
+    run = nl.value_and_grad(nl.linear_cross_entropy, wrt=("hidden", "weight"))
+    contenders = {"numbaloss": lambda: nl.linear_cross_entropy(hidden, weight, y)}
+    contenders["its matmul alone"] = lambda: cupy.matmul(hidden, weight.T, out=logits)
+    contenders["numbaloss value and grad"] = lambda: run(hidden, weight, y)
+    contenders["its matmuls alone"] = lambda: (hidden @ weight.T, logits @ weight, logits.T @ hidden)
+    case = f"linear CE {rows}x{features}x{classes} float32"
+    time_case(device, report, case, contenders, weight, hidden.nbytes + weight.nbytes)
 
 
 def time_sigmoid(device, report, n=1 << 28):
@@ -352,6 +412,11 @@ def all_times(quick):
     for shape, dtype in (((4096, 32000), "bfloat16"), ((4096, 32000), "float32"), ((1 << 20, 10), "float32")):
         case = lambda device, report, s=shape, d=dtype: time_others(device, report, s, d)  # noqa: E731
         yield f"scores and softmax {shape} {dtype}", *shape, dtype, case
+    for shape, dtype in GRADIENTS[:3] if quick else GRADIENTS:
+        for name, time_them in ("value and grad", time_gradients), ("KL", time_divergences):
+            case = lambda device, report, f=time_them, s=shape, d=dtype: f(device, report, s, d)  # noqa: E731
+            yield f"{name} {shape} {dtype}", *shape, dtype, case
+    yield "linear CE", 4096, 32000, "float32", time_linear
 
 
 def run_times(cases, report, budget):

@@ -29,6 +29,14 @@ FUNCTIONS = {  # of logits, labels, weights, class weights, class probabilities
     "log_softmax": lambda x, y, w, c, z: nl.log_softmax(x),
     "dense": lambda x, y, w, c, z: nl.softmax_cross_entropy_with_logits(z, x),
     "dense mean": lambda x, y, w, c, z: nl.cross_entropy(x, z, weights=w, class_weights=c),
+    "gradient": lambda x, y, w, c, z: nl.value_and_grad(nl.cross_entropy)(x, y, weights=w, **NAN),
+    "gradient none": lambda x, y, w, c, z: nl.value_and_grad(nl.cross_entropy)(x, y, reduction="none", **NAN),
+    "options": lambda x, y, w, c, z: nl.value_and_grad(nl.cross_entropy)(
+        x, y, weights=w, class_weights=c, label_smoothing=0.1, z_loss=1e-4, softcap=30.0, **NAN
+    ),
+    "Hessian": lambda x, y, w, c, z: nl.value_grad_hess(nl.cross_entropy)(x, y, weights=w, **NAN),
+    "kl": lambda x, y, w, c, z: nl.value_and_grad(nl.kl_divergence, "logits_p")(x, x[::-1], weights=w),
+    "js": lambda x, y, w, c, z: nl.value_and_grad(nl.js_divergence, "logits_q")(x, x[::-1], weights=w),
     "sigmoid": lambda x, y, w, c, z: nl.sigmoid_cross_entropy_with_logits(z, x),
     "weighted sigmoid": lambda x, y, w, c, z: nl.weighted_cross_entropy_with_logits(z, x, c),
     "weighted derivatives": lambda x, y, w, c, z: nl.value_grad_hess(nl.weighted_cross_entropy_with_logits)(z, x, c),
