@@ -79,6 +79,19 @@ def divergences(base, candidate):
     return dict(zip(DIVERGENCES, (plus(p, log_p, log_q), plus(q, log_q, log_p), js)))
 
 
+def test_against_scipy(tmp_path):
+    special, distance = pytest.importorskip("scipy.special"), pytest.importorskip("scipy.spatial.distance")
+    held = arrays()
+    got = compare(*(saved(tmp_path, held)[name] for name in ("base", "candidate")))
+    p, q = (special.softmax(held[name].astype(np.float64).reshape(-1, V), axis=1) for name in ("base", "candidate"))
+    kl, reverse, js = (special.rel_entr(p, q), special.rel_entr(q, p), distance.jensenshannon(p, q, axis=1) ** 2)
+    for found, exact in (got.kl, kl.sum(1)), (got.reverse_kl, reverse.sum(1)), (got.js, js):
+        np.testing.assert_allclose(found["mean"], exact.mean(), **MEANS)
+        np.testing.assert_allclose(found["max"], exact.max(), **MEANS)
+        for key, share in QUANTILES.items():
+            np.testing.assert_allclose(found[key], np.quantile(exact, share, method="inverted_cdf"), rtol=SKETCH)
+
+
 @pytest.mark.parametrize("dtypes", [("f4", "f4"), ("f2", "f4"), ("f8", "f8"), ("f4", "f8")], ids="-".join)
 @pytest.mark.parametrize("shift", [0, 1, -3])
 @pytest.mark.parametrize("weights", [False, True])
