@@ -292,9 +292,8 @@ STACKS = {  # what there is nonetheless, of float64 alone
     ("_dense_xent_grad", "float64", "sm_100"): "56 bytes stack frame, 112 bytes spill stores, 108 bytes spill loads",
 }
 ORDINARY = {
-    *((dtype, "sm_90") for dtype in LIKE),
+    *((dtype, "sm_90") for dtype in ("bfloat16", "float32", "float64")),
     ("bfloat16", "sm_80"),
-    ("float32", "sm_100"),
 }  # others: a minute each
 
 
