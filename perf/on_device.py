@@ -346,12 +346,13 @@ def time_linear(device, report, rows=4096, features=2048, classes=32000):
     hidden, weight = random_logits(rows, features, "float32"), random_logits(classes, features, "float32")
     y, logits = cupy.asarray(make_labels(rows, classes)), cupy.empty((rows, classes), np.float32)
     run = nl.value_and_grad(nl.linear_cross_entropy, wrt=("hidden", "weight"))
-    contenders = {"numbaloss": lambda: nl.linear_cross_entropy(hidden, weight, y)}
-    contenders["its matmul alone"] = lambda: cupy.matmul(hidden, weight.T, out=logits)
-    contenders["numbaloss value and grad"] = lambda: run(hidden, weight, y)
-    contenders["its matmuls alone"] = lambda: (hidden @ weight.T, logits @ weight, logits.T @ hidden)
-    case = f"linear CE {rows}x{features}x{classes} float32"
-    time_case(device, report, case, contenders, weight, hidden.nbytes + weight.nbytes)
+    value = {"numbaloss": lambda: nl.linear_cross_entropy(hidden, weight, y)}
+    value["its matmul alone"] = lambda: cupy.matmul(hidden, weight.T, out=logits)
+    both = {"numbaloss": lambda: run(hidden, weight, y)}
+    both["its matmuls alone"] = lambda: (hidden @ weight.T, logits @ weight, logits.T @ hidden)
+    for name, contenders in ("linear CE", value), ("value and grad of linear CE", both):
+        case = f"{name} {rows}x{features}x{classes} float32"
+        time_case(device, report, case, contenders, weight, hidden.nbytes + weight.nbytes)
 
 
 def time_sigmoid(device, report, n=1 << 28):

@@ -9,6 +9,7 @@ import threading
 import types
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from common import Exporter
@@ -225,3 +226,12 @@ def test_dlpack():
 def test_logits_must_be_an_array(logits):
     with pytest.raises(TypeError, match="logits: expected a NumPy or CuPy array"):
         nl.cross_entropy(logits, [0])
+
+
+def test_leave_a_core():
+    """A thread less inside, as many as before afterwards, also after an error."""
+    before = numba.get_num_threads()
+    with pytest.raises(RuntimeError), _launch.leave_a_core():
+        assert numba.get_num_threads() == max(1, before - 1)
+        raise RuntimeError
+    assert numba.get_num_threads() == before

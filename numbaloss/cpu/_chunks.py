@@ -286,7 +286,4 @@ def head_max(like, address, stride, size, skip, spare):
     always_inline()
     if size < HEAD or 0 <= skip < HEAD or stride != item_size(like):
         return key_value(ZERO, chunk_max(like, address, stride, min(HEAD, size), skip, spare))
-    best = load(like, address)
-    for i in range(WIDTH, HEAD, WIDTH):
-        best = at_least(load(like, address + i * stride), best)
-    return largest(best)
+    return tile_max(like, address, HEAD)

@@ -7,7 +7,7 @@ on CuPy's current stream and on the device of the arrays; nothing here waits for
 import ctypes
 import struct
 import threading
-from contextlib import nullcontext as leave_a_core
+from contextlib import nullcontext as leave_a_core  # of the CPU, which these kernels do not use
 from functools import cache
 
 import cupy
