@@ -3,6 +3,7 @@
 import platform
 
 from llvmlite import ir
+from llvmlite.binding import initialize_native_asmparser
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -225,3 +226,16 @@ def narrow(builder, result, x, features="+f16c"):
     half = builder.or_(half, builder.and_(builder.lshr(word, of(_I32, 16)), of(_I32, 0x8000)))
     nan = builder.fcmp_unordered("uno", x, x)
     return builder.trunc(builder.select(nan, of(_I32, 0x7FFF), half), of(_I16))
+
+
+def narrow_pair(builder, a, b, features):
+    """LLVM code for two vectors of 16 float32, none subnormal, to 32 bfloat16 (uint16) bits, to nearest even. By
+    assembly: the types of LLVM's intrinsic differ by its version."""
+    if "+avx512bf16" in features:
+        initialize_native_asmparser()
+        words = ir.VectorType(_I32, 16)
+        kind = ir.FunctionType(words, [a.type, a.type])
+        pair = builder.call(ir.InlineAsm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v"), [a, b])
+        return builder.bitcast(pair, ir.VectorType(_I16, 32))
+    low, high = (narrow(builder, types.uint16, x) for x in (a, b))
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, 32), list(range(32))))

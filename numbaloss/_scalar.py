@@ -39,13 +39,14 @@ scalar = njit(error_model="numpy")  # a division that could raise would keep a l
 
 
 @scalar
-def exp2_sum(f):
-    """2^f for |f| <= 0.5, one ulp; relative error of the polynomial 9.3e-8. For sums, where every multiply counts."""
-    p = fma(f32(0.0013269407209008932), f, f32(0.009671294130384922))
-    p = fma(p, f, f32(0.0555071122944355))
-    p = fma(p, f, f32(0.24022246897220612))
-    p = fma(p, f, f32(0.6931470036506653))
-    return fma(p, f, ONE)
+def exp2_sum(f, scale):
+    """scale * 2^f for |f| <= 0.5, one ulp; relative error of the polynomial 9.3e-8. For sums, where every multiply
+    counts."""
+    p = fma(f32(0.0013269407209008932) * scale, f, f32(0.009671294130384922) * scale)
+    p = fma(p, f, f32(0.0555071122944355) * scale)
+    p = fma(p, f, f32(0.24022246897220612) * scale)
+    p = fma(p, f, f32(0.6931470036506653) * scale)
+    return fma(p, f, scale)
 
 
 @scalar
@@ -484,20 +485,20 @@ def reference_32(largest):
 
 
 @scalar
-def power_32(x, low, m):
-    """(p, power of two, exponent word t = m + n) of 2^(x * LOG2E - ref), the product of the first two; (m, low) from
+def power_32(x, low, m, scale):
+    """(scale * p, power of two, exponent word t = m + n), p times the power being 2^(x * LOG2E - ref); (m, low) from
     frame_32(ref, BIAS). Exactly 0 where x lies under `low`. NaN stays NaN.
     """
     v = at_least(x, low)
     t = fma(v, LOG2E, m)
     f = fma(v, LOG2E, -(t - m))
-    return exp2_sum(f), low_bits_exponent(t), t
+    return exp2_sum(f, scale), low_bits_exponent(t), t
 
 
 @scalar
 def term_32(x, low, m, total):
     """total + 2^(x * LOG2E - ref), and its exponent word; see power_32."""
-    p, power, t = power_32(x, low, m)
+    p, power, t = power_32(x, low, m, ONE)
     return fma(p, power, total), t
 
 
@@ -513,6 +514,15 @@ def exponent_32(x):
     """The integer nearest to x * LOG2E, as a float32, for |x| <= 2^20; anything with a larger magnitude for others."""
     y = x * LOG2E
     return select(abs(y) < f32(2**21), fma(x, LOG2E, MAGIC) - MAGIC, y)
+
+
+@scalar
+def mantissa_exponent(x):
+    """(x 2^-n, n) with a magnitude of 1.5 to 3 and an integer n as a float64, which stops at -1000 and 100."""
+    e = ((float_bits(x) & np.int64(0x7FFFFFFFFFFFFFFF)) - np.int64(0x3FF8000000000000)) >> np.int64(52)
+    k = bits_float(e + np.int64(0x4338000000000000)) - MAGIC_64
+    n = select(k < 100.0, at_least(k, -1000.0), 100.0)
+    return x * power_of_two(-n), n
 
 
 @scalar

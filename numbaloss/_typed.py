@@ -36,6 +36,7 @@ from ._scalar import (
     frame_32,
     log1p_32,
     log1p_64,
+    mantissa_exponent,
     power_32,
     reference_32,
     scalar,
@@ -242,24 +243,33 @@ def softmax_of(x, largest, m, low, shift, scale, top):
     return select(x == largest, top, probability_of(x - shift, m, low, scale))
 
 
-def grad_frame(zero, top, others, k):
+def grad_frame(zero, like_grad, top, others, k):
     """(m, low, shift, factor, target): a row's gradient is `target` at the target and grad_of elsewhere. From top_of,
     others_of and scale_of; factor and target are NaN if k is.
 
-    In float32 as in softmax_frame: only the last product of grad_of can be subnormal.
+    In float32 the factor is 1.5 to 3 and its power of two is in m. So no entry is subnormal: the power is 0 from 2^-127
+    down. That is for bfloat16, where AVX512_BF16 takes subnormal numbers for 0; otherwise the power is 24 too large and
+    the factor 2^24 too small, as in softmax_frame.
     """
 
 
 @overload(grad_frame)
-def _grad_frame(zero, top, others, k):
+def _grad_frame(zero, like_grad, top, others, k):
     if zero == types.float64:
-        return lambda zero, top, others, k: (MAGIC_64 + BIAS_64, LOW_64, top, k, 0.0 - rounded_product(others, k))
+        return lambda zero, like_grad, top, others, k: (
+            MAGIC_64 + BIAS_64,
+            LOW_64,
+            top,
+            k,
+            0.0 - rounded_product(others, k),
+        )
+    more, less = (0.0, 1.0) if like_grad == types.uint16 else (24.0, 2.0**-24)
 
-    def grad_frame_32(zero, top, others, k):
+    def grad_frame_32(zero, like_grad, top, others, k):
         ref, shift = reference_32(f32(top))
-        rest = fma(np.float64(ref), INV_LOG2E, np.float64(shift) - top)
-        m, low = frame_32(ref, BIAS + f32(24))
-        return m, low, shift, f32(exp_64(rest) * k * 2.0**-24), f32(0.0 - rounded_product(others, k))
+        factor, n = mantissa_exponent(exp_64(fma(np.float64(ref), INV_LOG2E, np.float64(shift) - top)) * k)
+        m, low = frame_32(ref, BIAS + f32(n + more))
+        return m, low, shift, f32(factor * less), f32(0.0 - rounded_product(others, k))
 
     return grad_frame_32
 
@@ -275,8 +285,8 @@ def _grad_of(v, m, low, factor):
         return lambda v, m, low, factor: probability_of(v, m, low, factor)
 
     def grad_of_32(v, m, low, factor):
-        p, power, _ = power_32(v, low, m)
-        return p * power * factor
+        p, power, _ = power_32(v, low, m, factor)
+        return p * power
 
     return grad_of_32
 

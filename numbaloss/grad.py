@@ -59,7 +59,8 @@ def value_and_grad(loss, wrt="logits", *, derivative=None):
         (value, gradient), the gradient of the argument's shape and dtype (float32, or float64 for float64 logits, for
         an argument that is not an array of floats), or a tuple of gradients. Zeros for rows that do not count, NaN for
         rows without a softmax or with a label out of range. Error under 4 eps of the row's largest entry, and of the
-        target's own entry; with options of cross_entropy 8 eps; in 16 bits rounded once more.
+        target's own entry; with options of cross_entropy 8 eps; in 16 bits rounded once more,
+        and in bfloat16 0 below about 2^-126.
     Raises:
         TypeError, ValueError: as the loss; an upstream that does not broadcast to the loss, an out that does not fit.
     Source: jax.value_and_grad; torch.autograd for the options of cross_entropy.

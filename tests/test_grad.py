@@ -57,6 +57,25 @@ def test_exact(classes, dtype):
         assert_close(wide, exact(x, y, slopes), y, eps, 0.0)
 
 
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("classes", [9, 130, 1063])
+def test_rounded_once(classes, dtype):
+    """16-bit gradients are those in float32, rounded to nearest even; for bfloat16, what is subnormal is 0."""
+    x, y = make_logits(40, classes, dtype), make_labels(40, classes)
+    x[:20] *= 12  # far below float32's range
+    upstream = np.geomspace(1e-30, 1e3, 40)
+    run, wide = nl.value_and_grad(nl.cross_entropy), np.empty(x.shape, np.float32)
+    got = run(x, y, reduction="none", upstream=upstream)[1]
+    run(x, y, reduction="none", upstream=upstream, out=wide)
+    apart = np.zeros((*x.shape, 2), dtype)[..., 0]
+    run(x, y, reduction="none", upstream=upstream, out=apart)
+    small = (np.abs(wide) < 2.0**-125) & (wide != 0) & (dtype == BFLOAT16)
+    assert_same_bits(got[~small], wide.astype(dtype)[~small])
+    assert_same_bits(got, apart.copy())
+    assert dtype != BFLOAT16 or small.sum() > 10
+    assert (got[np.abs(wide) < 2.0**-126] == 0).all()
+
+
 @pytest.mark.parametrize("classes", [3, 130, 1025, 8200, 20_000])
 def test_sums_and_central_differences(classes):
     """Rows of a gradient add to 0, and it is the slope of the loss."""

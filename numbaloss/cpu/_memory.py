@@ -12,7 +12,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 
-from .._intrinsics import narrow, widen_half
+from .._intrinsics import narrow, narrow_pair, widen_half
 from .._scalar import LANES
 from .._typed import item_size
 from .._vector import WIDTH, Vector, spread
@@ -162,6 +162,25 @@ def store_as(typingctx, like, address, v, size):
         return context.get_dummy_value()
 
     return types.void(like, types.int64, v, types.int64), codegen
+
+
+@intrinsic
+def store_pair(typingctx, like, address, a, b):
+    """Write two Vectors side by side as the type of `like`, rounded; none of their items is subnormal."""
+
+    def codegen(context, builder, sig, args):
+        _, address, *pair = args
+        features = getattr(context.codegen(), "_tm_features", "+f16c")
+        if like == types.uint16:
+            pair = [narrow_pair(builder, *pair, features)]
+        elif like == types.int16:
+            pair = [narrow(builder, like, x, features) for x in pair]
+        for i, x in enumerate(pair):
+            at = builder.add(address, ir.Constant(address.type, i * WIDTH * like.bitwidth // 8))
+            builder.store(x, builder.inttoptr(at, x.type.as_pointer()), align=like.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, a, a), codegen
 
 
 @intrinsic

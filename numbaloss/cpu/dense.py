@@ -198,11 +198,11 @@ def _dense_xent_grad(
             mass, tilt = 1.0 if as_one else mass, rounded_product(2.0 * z_loss, x + log1p_u)
             p = select(log1p_u == log1p_u, 1.0 / (1.0 + u), np.nan)
             if second != 0:
-                frame = grad_frame(zero, x, u, p)
+                frame = grad_frame(zero, like_grad, x, u, p)
                 a, b = second * (scale[r] * (mass + tilt)), second * (scale[r] * (2.0 * z_loss))
                 hess_row(like, rows, address, where, frame, a, b, p, u, like_grad, grad_rows, out, lanes, spare)
                 continue
-            frame = grad_frame(zero, x, u, scale[r] * (mass + tilt) * p)
+            frame = grad_frame(zero, like_grad, x, u, scale[r] * (mass + tilt) * p)
             share = share_of(like, targets, r, where, y, class_weights, spare_2)
             top = scale[r] * dense_entry(mass, tilt, share, p, u * p)
             own = top

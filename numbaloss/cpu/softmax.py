@@ -26,13 +26,14 @@ from ._memory import (
     TILE_BYTES,
     gather,
     load,
-    load_part,
+    load_up_to,
     out_of_line,
     prefetch,
     span,
     stack,
     store_as,
     store_item,
+    store_pair,
     transpose,
     write,
 )
@@ -193,9 +194,11 @@ def _sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, scale, 
             x = np.float64(widen(span(like, address + y * stride, 1)[0]))
             loss[r] = target_loss(others_to_target(s, c, x, full), s, c, x, full)
             k = scale_of(s, c, x, scale[r])
-            frame = grad_frame(compute_zero(like), top_of(c, x), others_of(s, c, x), k)
-            for begin in range(0, classes, LANES):
-                size = min(LANES, classes - begin)
+            frame = grad_frame(compute_zero(like), like_grad, top_of(c, x), others_of(s, c, x), k)
+            neighbours = stride == item_size(like) and grad_rows[4] == item_size(like_grad)
+            tile = classes if neighbours else LANES
+            for begin in range(0, classes, tile):
+                size = min(tile, classes - begin)
                 at = gather(like, address + begin * stride, stride, size, spare)
                 target = y - begin if 0 <= y - begin < size else -1
                 grad_tile(like, at, size, frame, target, like_grad, out + begin * grad_rows[4], grad_rows[4], room)
@@ -230,7 +233,7 @@ def _narrow_sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, 
             terms[:] = columns
             sum_columns(classes, terms, frames, s, c, row_address(rows, first + 2 * group), item_size(like))
             finish(s, c, x, u, loss[first : first + size])
-            fill_grad_frames(s, c, x, scale[first : first + size], u, frames)
+            fill_grad_frames(like_grad, s, c, x, scale[first : first + size], u, frames)
             for j in range(classes):
                 grad_column(columns[j * group : (j + 1) * group], frames)
             for begin in range(0, size, WIDTH):
@@ -246,7 +249,7 @@ narrow_sparse_xent_grad = Kernel(_narrow_sparse_xent_grad)
 
 
 @njit
-def fill_grad_frames(s, c, x, scale, k, frames):
+def fill_grad_frames(like_grad, s, c, x, scale, k, frames):
     """frames = grad_frame of each row. Three loops: LLVM gives up on more arrays at once. Overwrites s."""
     out_of_line()
     m, low, shift, factor, entry = frames[0], frames[1], frames[2], frames[3], frames[4]
@@ -256,7 +259,7 @@ def fill_grad_frames(s, c, x, scale, k, frames):
     for i in range(np.uint64(scale.size)):
         s[i] = others_of(s[i], c[i], x[i])
     for i in range(np.uint64(scale.size)):
-        m[i], low[i], shift[i], factor[i], entry[i] = grad_frame(zero, top_of(c[i], x[i]), s[i], k[i])
+        m[i], low[i], shift[i], factor[i], entry[i] = grad_frame(zero, like_grad, top_of(c[i], x[i]), s[i], k[i])
 
 
 @njit
@@ -289,7 +292,7 @@ def write_rows(turned, like_grad, grad_rows, first, size, spare):
 
 @njit
 def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, room):
-    """Entries of a gradient row for a tile of logits, `target` being the target's class in it, or -1."""
+    """Entries of a gradient row for `size` logits side by side, `target` being the target's place there, or -1."""
     out_of_line()
     entry = frame[4]
     to = out if out_stride == item_size(like_grad) else room
@@ -306,12 +309,14 @@ def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, ro
 def grad_vectors(like, address, size, frame, shift, like_grad, to):
     """grad_of side by side; a `shift` of None is 0."""
     m, low, _, factor, _ = frame
-    for i in range(0, size // WIDTH * WIDTH, WIDTH):
-        x = shifted(load(like, address + i * item_size(like)), shift)
-        store_as(like_grad, to + i * item_size(like_grad), grad_of(x, m, low, factor), WIDTH)
-    i = size // WIDTH * WIDTH
-    if i < size:
-        x = shifted(load_part(like, address + i * item_size(like), size - i), shift)
+    step, pairs = WIDTH * item_size(like), size // (2 * WIDTH) * (2 * WIDTH)
+    for i in range(0, pairs, 2 * WIDTH):
+        at = address + i * item_size(like)
+        x, x_2 = shifted(load(like, at), shift), shifted(load(like, at + step), shift)
+        g, g_2 = grad_of(x, m, low, factor), grad_of(x_2, m, low, factor)
+        store_pair(like_grad, to + i * item_size(like_grad), g, g_2)
+    for i in range(pairs, size, WIDTH):
+        x = shifted(load_up_to(like, address + i * item_size(like), size - i), shift)
         store_as(like_grad, to + i * item_size(like_grad), grad_of(x, m, low, factor), size - i)
 
 

@@ -270,7 +270,7 @@ def _dense_xent_grad(
     y, address, stride = target_class(targets, weights, r, rows[5]), row_address(rows, r), class_stride(like, rows)
     out, grad_stride = row_address(grad_rows, r), class_stride(like_grad, grad_rows)
     value, where, top, own, a, b = np.nan if y == BAD else 0.0, np.int64(-1), 0.0, 0.0, 0.0, 0.0
-    m, low, shift, factor, _ = grad_frame(zero, 0.0, 0.0, 0.0)
+    m, low, shift, factor, _ = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
     if y >= NONE:
         largest, where, u, log1p_u = leave_largest_out(like, rows, address, room)
         x = np.float64(largest)
@@ -279,7 +279,7 @@ def _dense_xent_grad(
         mass, tilt = 1.0 if as_one else mass, rounded_product(2.0 * z_loss, x + log1p_u)
         p = 1.0 / (1.0 + u) if log1p_u == log1p_u else np.nan
         a, b = rounded_product(second, g * (mass + tilt)), rounded_product(second, g * (2.0 * z_loss))
-        m, low, shift, factor, _ = grad_frame(zero, x, u, p if second != 0.0 else g * (mass + tilt) * p)
+        m, low, shift, factor, _ = grad_frame(zero, like_grad, x, u, p if second != 0.0 else g * (mass + tilt) * p)
         top = g * dense_entry(mass, tilt, share_of(like, targets, r, where, y, class_weights), p, u * p)
         own = top
         if second != 0.0:

@@ -232,8 +232,8 @@ def sparse_xent_grad(work, items, like, rows, labels, weights, ignore_index, sca
 
 
 @device
-def frame_of(zero, s, c, x, scale):
-    return grad_frame(zero, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
+def frame_of(zero, like_grad, s, c, x, scale):
+    return grad_frame(zero, like_grad, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
 
 
 @kernel(THREADS, 3, 3, 2)
@@ -248,10 +248,10 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     address, y = row_of(like, rows, r, labels, weights, ignore_index)
     x = target_of(like, rows, address, y)
     zero = compute_zero(like)
-    m, low, shift, factor, entry = grad_frame(zero, 0.0, 0.0, 0.0)
+    m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
     if address != 0:
         s, c = row_sum(like, rows, address, y, room)
-        m, low, shift, factor, entry = frame_of(zero, s, c, x, load(0.0, scale + r * 8))
+        m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, load(0.0, scale + r * 8))
         if first:
             store(at, loss_of(like, s, c, x))
     elif first:
@@ -340,7 +340,7 @@ def _narrow_sparse_xent_grad(
                 room[at + y] = number(like, -np.inf)
                 s, c = few_sum(like, room, at, classes)
         store(loss + r * item_size(zero), loss_of(like, s, c, x))
-    m, low, shift, factor, entry = frame_of(zero, s, c, x, g)
+    m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, g)
     cuda.syncthreads()
     bring_rows(like, rows, first, size, pitch, room)
     if thread < size:
