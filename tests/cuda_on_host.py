@@ -18,7 +18,7 @@ from numba import njit
 from simt import MEMORY, scalar_twin, twin
 
 from numbaloss import _check, _divergence_scalar, _intrinsics, _typed, _vector
-from numbaloss.cuda import _launch, _memory, divergence
+from numbaloss.cuda import _chunks, _launch, _memory, divergence
 from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
 DTYPES = {np.int16: np.dtype(np.int16), np.uint16: np.dtype(np.uint16)}
@@ -368,6 +368,17 @@ def join(low, high):
 @twin(_memory.butterfly, needs_cuda=True)
 def butterfly(cuda):
     return lambda x, mask: cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)
+
+
+@twin(_chunks.warp_max, needs_cuda=True)
+def warp_max(cuda):
+    """One meeting of the warp in place of five."""
+    return lambda x: cuda.together(x, max)
+
+
+@twin(_chunks.warp_sum, needs_cuda=True)
+def warp_sum(cuda):
+    return lambda x: cuda.together(x, sum)
 
 
 @njit

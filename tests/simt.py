@@ -163,6 +163,13 @@ class FakeCuda:
         source = me.lane - int(delta) if me.lane >= int(delta) else me.lane
         return _wait(me, ("warp", mask, "shuffle"), value, source)
 
+    def any_sync(self, mask, value):
+        return self.together(value, any)
+
+    def together(self, value, combine):
+        """`combine` of the values of a warp's threads."""
+        return _wait(getcurrent(), ("warp", 0xFFFFFFFF, combine), value)
+
     def threadfence(self):
         pass
 
@@ -344,6 +351,10 @@ def _warps_that_met(warps):
                     if other.source >= len(warp) or (wanted is not warp and warp[other.source] not in wanted):
                         raise SimError("a shuffle reads a thread outside of the mask")
                     other.result = warp[other.source].value
+            elif callable(what[2]):
+                result = what[2]([other.value for other in wanted])
+                for other in wanted:
+                    other.result = result
             ready += wanted
     for thread in ready:
         thread.wait = None

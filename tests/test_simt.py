@@ -18,6 +18,7 @@ from numba.core.errors import NumbaError
 
 from numbaloss import _intrinsics, _scalar, _typed
 from numbaloss.cuda import _memory
+from numbaloss.cuda._chunks import warp_max, warp_sum
 from numbaloss.cuda._memory import WIDTH, load, store
 
 ZERO = np.float32(0)
@@ -245,3 +246,19 @@ def test_device_functions_take_no_float64_for_float32():
     """What NumPy would let pass: Numba types are the compiler's, and test_cuda_sass.py compiles every kernel."""
     with pytest.raises((NumbaError, TypeError, AttributeError)):
         simt.scalar_twin(_intrinsics.fma)(np.float32(1), 1.0, np.float32(1))
+
+
+OWN_MAX, OWN_SUM = warp_max.py_func, warp_sum.py_func  # the sources, not their twins
+
+
+def test_what_a_warp_does_together(room):
+    """Votes, maxima and sums in one meeting give what the butterflies of the sources give."""
+
+    def kernel(address):
+        x = np.int64((cuda.laneid * 37) % 32 - 9)
+        same = OWN_MAX(x) == warp_max(x) == 22 and OWN_SUM(x) == warp_sum(x) == 208
+        votes = cuda.any_sync(ALL, x == 22), cuda.any_sync(ALL, x == 23)
+        store(address + 4 * cuda.laneid, np.float32(same and votes == (True, False)))
+
+    run(kernel, 32, room[0])
+    assert (room[1][:32] == 1).all()

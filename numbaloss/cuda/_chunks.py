@@ -54,6 +54,13 @@ def warp_max(x):
 
 
 @device
+def warp_sum(x):
+    for mask in (16, 8, 4, 2, 1):
+        x += butterfly(x, mask)
+    return x
+
+
+@device
 def exchange(v, mask):
     """One level of the butterfly: of two threads, one takes the lower halves of both vectors, the other the upper."""
     upper = (cuda.laneid & mask) != 0

@@ -21,9 +21,10 @@ from ._chunks import (
     guess_after,
     load_step,
     warp_max,
+    warp_sum,
 )
 from ._launch import cuda, device
-from ._memory import butterfly, count_larger, load
+from ._memory import count_larger, load
 from ._operands import item_place
 
 PARTS = 256  # chunks that a team joins at a time
@@ -156,9 +157,7 @@ def chunk_rank(like, address, stride, size, x):
     end, larger = np.int32(begin + size), np.int64(0)
     for p in range(np.int32(0), end, np.int32(LANES)):
         larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
-    for mask in (16, 8, 4, 2, 1):
-        larger += butterfly(larger, mask)
-    return larger
+    return warp_sum(larger)
 
 
 @device

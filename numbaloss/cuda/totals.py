@@ -9,12 +9,13 @@ from .._exact import LOW_32, WORDS, carry, number_words, quotient, round_sum
 from .._intrinsics import rounded_product
 from .._scalar import focal_row, focal_row_slope
 from .._typed import item_size, number
-from ._chunks import warp_max
+from ._chunks import warp_max, warp_sum
 from ._launch import cuda, device, kernel, launch, processors
-from ._memory import atomic_add, butterfly, load, load_fresh, store, store_item
+from ._memory import atomic_add, load, load_fresh, store, store_item
 from ._operands import ABSENT, address, factor, label_at, operand, weight_at
 
 THREADS = 256
+ALL = 0xFFFFFFFF  # threads of a warp
 PER_THREAD = 8  # numbers at least, but for the last block
 ONE = (ABSENT, 0, 1, 0, 0)  # an operand of ones
 
@@ -24,20 +25,15 @@ def blocks_for(items, out):
 
 
 @device
-def warp_sum(x):
-    for mask in (16, 8, 4, 2, 1):
-        x += butterfly(x, mask)
-    return x
-
-
-@device
 def add_words(words, i, low, middle, high):
     """Add every thread's low, middle and high to the words from its i on; as one where the warp's are alike."""
     empty = (low | middle | high) == 0
     common = warp_max(np.int64(-1) if empty else np.int64(i))
-    if warp_max(np.int64(not empty and i != common)) == 0:
+    if common < 0:
+        return
+    if not cuda.any_sync(ALL, not empty and i != common):
         i, low, middle, high = common, warp_sum(low), warp_sum(middle), warp_sum(high)
-        empty = cuda.laneid != 0 or common < 0
+        empty = cuda.laneid != 0
     if not empty:
         middle, low = middle + (low >> 32), low & LOW_32
         high, middle = high + (middle >> 32), middle & LOW_32
@@ -100,7 +96,7 @@ def _total(items, like, values, labels, weights, class_weights, classes, ignore_
             if above != 0.0:  # a factor of exactly 0 hides its value, even a NaN
                 value = np.float64(load(like, values + k * size)) * above
         j, a, b, c = number_words(value)
-        if warp_max(np.int64(j != i and value != 0.0)) != 0:
+        if cuda.any_sync(ALL, j != i and value != 0.0):
             add_words(words, i, low, middle, high)
             i, low, middle, high = np.int64(j) if value != 0.0 else i, np.int64(0), np.int64(0), np.int64(0)
         low, middle, high = low + a, middle + b, high + c
@@ -108,7 +104,7 @@ def _total(items, like, values, labels, weights, class_weights, classes, ignore_
             ones += 1
         share = 0.0 if f == 0.0 or f == 1.0 else 1.0 if divisor == NONZERO_OR_NONE else f
         j, a, b, c = number_words(share)
-        if warp_max(np.int64(j != i2 and share != 0.0)) != 0:
+        if cuda.any_sync(ALL, j != i2 and share != 0.0):
             add_words(words + WORDS * 8, i2, low2, middle2, high2)
             i2, low2, middle2, high2 = np.int64(j) if share != 0.0 else i2, np.int64(0), np.int64(0), np.int64(0)
         low2, middle2, high2 = low2 + a, middle2 + b, high2 + c
