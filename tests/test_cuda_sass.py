@@ -220,7 +220,11 @@ class Code(NamedTuple):
 @on_disk
 def machine_code(dtype, arch, layout="close", **more):
     """{kernel: Code} of every kernel that takes this dtype; `more` are options of NVVM."""
-    ptxs = {case.name: ptx_of(case, arch, **more) for case in cases(dtype, layouts=(layout,))}
+    if arch == "sm_80":  # see test_ptx_before_blackwell
+        others = machine_code(dtype, "sm_90", layout, **more)
+        ptxs = {name: code.ptx.replace(".target sm_90", ".target sm_80") for name, code in others.items()}
+    else:
+        ptxs = {case.name: ptx_of(case, arch, **more) for case in cases(dtype, layouts=(layout,))}
     cubin, log = assemble(joined(ptxs.values()))
     code = sections(cubin)
     stacks = dict(re.findall(r"Function properties for (\w+)\n\s*(.*)", log))
@@ -285,16 +289,13 @@ def arguments_fit(case, ptx):
     return _launch.signature(args) == case.signature and packed == [int(bits) for bits in declared]
 
 
-ARCHS = ("sm_80", "sm_90", "sm_100")
+ARCHS = ("sm_90", "sm_80", "sm_100")  # sm_80 takes sm_90's PTX
 NO_STACK = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 STACKS = {  # what there is nonetheless, of float64 alone
     ("_entropy", "float64", "sm_80"): "8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads",
     ("_dense_xent_grad", "float64", "sm_100"): "56 bytes stack frame, 112 bytes spill stores, 108 bytes spill loads",
 }
-ORDINARY = {
-    *((dtype, "sm_90") for dtype in ("bfloat16", "float32", "float64")),
-    ("bfloat16", "sm_80"),
-}  # others: a minute each
+ORDINARY = {(dtype, arch) for dtype in LIKE if dtype != "float16" for arch in ("sm_90", "sm_80")}  # the rest: minutes
 
 
 def each_case(*dtypes):
@@ -321,6 +322,19 @@ def test_no_local_memory_for_classes_apart(dtype):
     assert {name: stack for name, stack in stacks.items() if stack != NO_STACK} == {}
     wanted = cases(dtype, layouts=("strided",))
     assert [case.name for case in wanted if not arguments_fit(case, codes[case.name].ptx)] == []
+
+
+SOME = [("bfloat16", "_sparse_xent_grad"), ("float64", "_entropy"), ("float32", "_total")]
+EVERY = [(dtype, case.name) for dtype in LIKE for case in cases(dtype)]
+
+
+@pytest.mark.parametrize(
+    "dtype, name", [pytest.param(*p, marks=() if p in SOME else pytest.mark.architectures) for p in EVERY]
+)
+def test_ptx_before_blackwell(dtype, name):
+    """NVVM writes the same for sm_80 as for sm_90. (From sm_100 on it is another NVVM.)"""
+    (case,) = cases(dtype, (name,))
+    assert ptx_of(case, "sm_80").replace("sm_80", "sm_90") == ptx_of(case, "sm_90")
 
 
 def test_a_kernel_among_others():
@@ -389,7 +403,9 @@ def test_the_only_round(dtype, arch):
 FUSED = re.compile(r"\bfma\.rn\.f(?:32|64)\b")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"], scope="module")  # with 16 bits all is float32
+@pytest.mark.parametrize(  # with 16 bits all is float32
+    "dtype", ["float32", pytest.param("float64", marks=pytest.mark.architectures)], scope="module"
+)
 def test_no_product_and_sum_are_contracted(dtype):
     """Each is rounded, as on the CPU: fma=0 forbids it to NVVM, and to ptxas in the PTX, and makes no difference."""
     default, rounded = (machine_code(dtype, "sm_90", **more) for more in ({}, {"fma": 0}))
