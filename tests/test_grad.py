@@ -57,7 +57,7 @@ def test_exact(classes, dtype):
         assert_close(wide, exact(x, y, slopes), y, eps, 0.0)
 
 
-@pytest.mark.parametrize("classes, dtype", [(9, np.float16), (9, BFLOAT16), (130, BFLOAT16), (1063, BFLOAT16)])
+@pytest.mark.parametrize("classes, dtype", [(9, np.float16), (9, BFLOAT16), (1063, BFLOAT16)])
 def test_rounded_once(classes, dtype):
     """16-bit gradients are those in float32, rounded to nearest even; for bfloat16, what is subnormal is 0."""
     x, y = make_logits(40, classes, dtype), make_labels(40, classes)
@@ -68,6 +68,10 @@ def test_rounded_once(classes, dtype):
     run(x, y, reduction="none", upstream=upstream, out=wide)
     apart = np.zeros((*x.shape, 2), dtype)[..., 0]
     run(x, y, reduction="none", upstream=upstream, out=apart)
+    p = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True).astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    others = np.arange(classes) != y[:, None]
+    np.testing.assert_allclose(wide[others], (upstream[:, None] * p)[others], rtol=2e-6, atol=2.0**-140)
     small = (np.abs(wide) < 2.0**-125) & (wide != 0) & (dtype == BFLOAT16)
     assert_same_bits(got[~small], wide.astype(dtype)[~small])
     assert_same_bits(got, apart.copy())
