@@ -533,15 +533,19 @@ for _name, _term in vars(_divergence_scalar).items():
 
 @functools.cache
 def _of_term(term):
-    """(accumulate for arrays, entry)."""
+    """(accumulate for arrays, entry), kept on disk for the other processes."""
 
-    @njit(error_model="numpy")
+    @njit(error_model="numpy", cache=True)
     def accumulate(x, y, frame, total):
         for i in range(x.size):
             factor, value = term(x[i], y[i], frame)
             total[i] = _intrinsics.fma(factor, value, total[i])
 
-    return accumulate, njit(lambda *args: divergence.entry(term, *args))
+    @njit(cache=True)
+    def entry(x, y, frame, mean, scale):
+        return divergence.entry(term, x, y, frame, mean, scale)
+
+    return accumulate, entry
 
 
 @twin(divergence.accumulate)

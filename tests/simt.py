@@ -222,6 +222,8 @@ def scalar_twin(function):
         names = names[1:] if hasattr(function, "_defn") else names  # an intrinsic's first one is the typing context
         source = f"lambda {', '.join(names)}: function({', '.join(names)})"
         function = numba.njit(error_model="numpy")(eval(source, {"function": function}))
+    else:
+        function.enable_caching()  # on disk, for the other processes
     known = {}  # types of arguments -> (compiled code, what types its result)
 
     def call(*args):
