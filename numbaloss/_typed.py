@@ -256,13 +256,11 @@ def grad_frame(zero, like_grad, top, others, k):
 @overload(grad_frame)
 def _grad_frame(zero, like_grad, top, others, k):
     if zero == types.float64:
-        return lambda zero, like_grad, top, others, k: (
-            MAGIC_64 + BIAS_64,
-            LOW_64,
-            top,
-            k,
-            0.0 - rounded_product(others, k),
-        )
+
+        def grad_frame_64(zero, like_grad, top, others, k):
+            return MAGIC_64 + BIAS_64, LOW_64, top, k, 0.0 - rounded_product(others, k)
+
+        return grad_frame_64
     more, less = (0.0, 1.0) if like_grad == types.uint16 else (24.0, 2.0**-24)
 
     def grad_frame_32(zero, like_grad, top, others, k):
@@ -275,8 +273,8 @@ def _grad_frame(zero, like_grad, top, others, k):
 
 
 def grad_of(v, m, low, factor):
-    """One entry of a gradient but for the target's, of v = x - shift: in float32 the very term that was summed, times
-    a number; the rest from grad_frame."""
+    """One entry of a gradient but for the target's, of v = x - shift: in float32 the term that was summed, with a
+    number in its coefficients; the rest from grad_frame."""
 
 
 @overload(grad_of)
