@@ -218,13 +218,20 @@ class Code(NamedTuple):
 
 
 @on_disk
+def one_ptx(dtype, arch, layout, name, **more):
+    (case,) = cases(dtype, (name,), (layout,))
+    return ptx_of(case, arch, **more)
+
+
+@on_disk
 def machine_code(dtype, arch, layout="close", **more):
     """{kernel: Code} of every kernel that takes this dtype; `more` are options of NVVM."""
-    if arch == "sm_80":  # see test_ptx_before_blackwell
-        others = machine_code(dtype, "sm_90", layout, **more)
-        ptxs = {name: code.ptx.replace(".target sm_90", ".target sm_80") for name, code in others.items()}
-    else:
-        ptxs = {case.name: ptx_of(case, arch, **more) for case in cases(dtype, layouts=(layout,))}
+    names = [case.name for case in cases(dtype, layouts=(layout,))]
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # two processes that need the same meet in the middle
+        names.reverse()
+    known = "sm_90" if arch == "sm_80" else arch  # see test_ptx_before_blackwell
+    ptxs = {name: one_ptx(dtype, known, layout, name, **more) for name in names}
+    ptxs = {name: ptx.replace(f".target {known}", f".target {arch}") for name, ptx in sorted(ptxs.items())}
     cubin, log = assemble(joined(ptxs.values()))
     code = sections(cubin)
     stacks = dict(re.findall(r"Function properties for (\w+)\n\s*(.*)", log))
