@@ -164,6 +164,8 @@ class FakeCuda:
         return _wait(me, ("warp", mask, "shuffle"), value, source)
 
     def any_sync(self, mask, value):
+        if mask != 0xFFFFFFFF:
+            raise SimError(f"a vote of the mask {mask:#x}, expected all of the warp")
         return self.together(value, any)
 
     def together(self, value, combine):
