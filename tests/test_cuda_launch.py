@@ -2,6 +2,8 @@
 
 import ctypes
 import struct
+import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
@@ -43,3 +45,18 @@ def test_launch():
     assert len(loaded) == 1 and b"_negate" in loaded[0]
     packed = struct.pack("@qfq", *args)
     assert started == [((77, n, 1, 1, 256, 1, 1, 0, 99, 0), packed) for n in (3, 4)]
+
+
+def test_numpy_without_row_stack():
+    """numba-cuda 0.30 asks NumPy for row_stack, which 2.5 no longer has."""
+    code = """if True:
+        import cupy, numpy as np
+        if hasattr(np, "row_stack"):
+            del np.row_stack
+            np.__all__.remove("row_stack")
+        from numbaloss.cuda import _launch
+        from numba.cuda.target import CUDATargetContext, CUDATypingContext
+        CUDATargetContext(CUDATypingContext()).refresh()  # loads all that Numba has for CUDA
+        assert not hasattr(np, "row_stack")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

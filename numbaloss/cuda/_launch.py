@@ -5,6 +5,7 @@ on CuPy's current stream and on the device of the arrays; nothing here waits for
 """
 
 import ctypes
+import importlib
 import struct
 import threading
 from contextlib import nullcontext as leave_a_core  # of the CPU, which these kernels do not use
@@ -17,6 +18,13 @@ from numba import cuda, types
 from numba.cuda.models import register_model
 
 from .._backend import package_stamp
+
+if not hasattr(np, "row_stack"):  # gone with NumPy 2.5, and numba-cuda 0.30 still asks for it, once
+    np.row_stack = np.vstack
+    try:
+        importlib.import_module("numba.cuda.cudaimpl")
+    finally:
+        del np.row_stack
 
 __all__ = ["cuda", "device", "kept", "kernel", "launch", "leave_a_core", "processors", "register_model"]
 
