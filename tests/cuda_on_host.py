@@ -326,6 +326,53 @@ def hide_first(like, v, count):
     return np.where(LANES < count, v.dtype.type(-np.inf), v)
 
 
+@twin(_memory.hide_from)
+def hide_from(like, v, k, team):
+    return np.where(far(like, team) >= k, v.dtype.type(-np.inf), v)
+
+
+@twin(_memory.copy_ahead)
+def copy_ahead(like, ring, offset, address, team, left):
+    """Nothing is copied before it is awaited; `copies` of a thread are its rounds, the last one not ended."""
+    pieces = []
+    for g in range(WIDTH // per_load(like)):
+        size = min(max(int(left) - 16 * int(team) * g, 0), 16)
+        if size:
+            source = MEMORY.view(address + 16 * int(team) * g, size, dtype_of(like).itemsize)
+            if (address + 16 * int(team) * g) % 16:
+                raise simt.SimError(f"a copy from {address:#x}, which is no multiple of 16")
+            pieces.append((ring.view(np.uint8), int(offset) + _memory.APART * g, source))
+    _copies()[-1].extend(pieces)
+
+
+def _copies():
+    me = simt.getcurrent()
+    if not hasattr(me, "copies"):
+        me.copies = [[]]
+    return me.copies
+
+
+@twin(_memory.end_of_round)
+def end_of_round():
+    _copies().append([])
+
+
+@twin(_memory.await_oldest)
+def await_oldest(like):
+    rounds, under_way = _copies(), _memory.RING // (32 * WIDTH * dtype_of(like).itemsize) - 1
+    while len(rounds) - 1 > under_way:
+        for ring, offset, source in rounds.pop(0):
+            ring[offset : offset + 16] = 0
+            ring[offset : offset + source.size] = source
+
+
+@twin(_memory.load_ring)
+def load_ring(like, ring, offset):
+    room, count = ring.view(np.uint8), WIDTH // per_load(like)
+    loads = [room[int(offset) + _memory.APART * g :][:16] for g in range(count)]
+    return widened(np.concatenate(loads).view(dtype_of(like)))
+
+
 @twin(_memory.load_apart)
 def load_apart(like, like_items, address, stride, position, end):
     result, dtype = np.zeros(WIDTH // 2, precision(like)), dtype_of(like_items)

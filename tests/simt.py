@@ -180,7 +180,7 @@ class Shared:
     def __init__(self, launch):
         self._launch = launch
 
-    def array(self, shape, dtype):
+    def array(self, shape, dtype, alignment=None):
         """One array for each place in the source and block, full of NaN or -1."""
         import sys
 

@@ -41,7 +41,7 @@ def tool(name):
 
 
 PTXAS, NVDISASM = tool("ptxas"), tool("nvdisasm")  # packages nvidia-cuda-nvcc and nvidia-cuda-nvdisasm
-FORWARD = ("_sparse_xent", "_wide_sparse_xent")  # with an inner loop over rounds
+FORWARD = ("_sparse_xent", "_chunk_sums")  # with an inner loop over rounds
 
 # -- the kernels -------------------------------------------------------------------------------------------------
 
@@ -63,8 +63,7 @@ def signatures(like, rows):
     return {
         "_sparse_xent": (I64, I64, like, rows, *labels, I64),
         "_short_sparse_xent": (I64, I64, I64, like, rows, *labels, I64),
-        "_wide_sparse_xent": (I64, like, rows, *labels, I64),
-        "_chunk_sums": (I64, like, rows, *labels, I64),
+        "_chunk_sums": (I64, I64, like, rows, *labels, I64),
         "_join_sums": (I64, I64, like, rows, *labels, I64),
         "_sparse_xent_grad": (I64, like, rows, *labels, I64, I64, like, rows),
         "_narrow_sparse_xent": (I64, I64, like, ROWS, *labels, I64),

@@ -28,15 +28,21 @@ from .._typed import compute_zero, item_size, key_value, number, row_frame, shif
 from .._vector import most_bits_of
 from ._launch import cuda, device
 from ._memory import (
+    RING,
+    await_oldest,
     butterfly,
+    copy_ahead,
+    end_of_round,
     fold_loads,
     halves,
     hide,
     hide_first,
+    hide_from,
     join,
     largest_key,
     load,
     load_part,
+    load_ring,
     load_vector,
     zeros,
 )
@@ -152,12 +158,39 @@ def add_step(x, low, m, total, top):
 
 
 @device
-def round_sum(like, address, stride, size, skip, team):
+def copy_row(like, address, size, ring, offset, team):
+    """Start to copy a row of up to 32 * team logits, as ring_step takes it, if there are any."""
+    if size > 0:
+        base, begin = first_position(like, address, item_size(like))
+        thread = np.int32((cuda.laneid & (team - 1)) * 16)
+        left = np.int32((begin + size) * item_size(like) - thread)
+        copy_ahead(like, ring, np.int32(offset + cuda.laneid * 16), base + thread, team, left)
+    end_of_round()
+
+
+@device
+def ring_step(like, ring, offset, p, begin, end, skip, team):
+    """As load_step, of logits side by side that have been copied to the ring."""
+    position = np.int32(p + (cuda.laneid & (team - 1)) * (16 // item_size(like)))
+    v = load_ring(like, ring, np.int32(offset + cuda.laneid * 16))
+    if p < begin:
+        v = hide_first(like, v, np.int32(begin - position))
+    if end - p < 32 * team:
+        v = hide_from(like, v, np.int32(end - position), team)
+    return hide(like, v, np.int32(skip - position), team) if 0 <= skip - p < 32 * team else v
+
+
+@device
+def round_sum(like, address, stride, size, skip, team, ring, offset):
     """(s, c) as by chunk_sum of up to 32 * team logits, those before a 16-byte boundary counting: a row that a team
-    reads at once. The teams of a warp have rows of their own, or none (0 logits), but call this together."""
+    reads at once, from the ring if its classes lie side by side. The teams of a warp have rows of their own, or none
+    (0 logits), but call this together."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
-    x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
+    if stride == item_size(like):
+        x = ring_step(like, ring, offset, np.int32(0), begin, end, skip, team)
+    else:
+        x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
     m, low, shift, c = row_frame(team_largest(x, team))
     if shift == compute_zero(like):
         total = term(x, low, m, zeros(like))[0]
@@ -296,3 +329,129 @@ def _chunk_sum(like, address, stride, size, skip, guess):
 def guess_after(c):
     """The reference exponent to try after a chunk whose sum is of e^c."""
     return exponent_32(f32(c)) - MARGIN
+
+
+# -- chunks in a stream --------------------------------------------------------------------------------------------
+
+
+@device
+def round_bytes(like):
+    return np.int32(LANES * item_size(like))
+
+
+@device
+def copy_round(like, ring, offset, task, at, left, size, room):
+    """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on, have not been
+    asked for. Gives (task, at, left) for the round after it."""
+    if left <= 0:
+        task = np.int32(task + 1)
+        while task < size and float_bits(room[0, task]) == 0:
+            task = np.int32(task + 1)
+        if task < size:
+            at, begin = first_position(like, float_bits(room[0, task]), item_size(like))
+            left = np.int32((begin + np.int32(float_bits(room[2, task]))) * item_size(like))
+    if task < size:
+        thread = np.int32(cuda.laneid * 16)
+        copy_ahead(like, ring, np.int32(offset + thread), at + thread, WARP, np.int32(left - thread))
+        at, left = at + round_bytes(like), np.int32(left - round_bytes(like))
+    end_of_round()
+    return task, at, left
+
+
+@device
+def next_offset(like, offset):
+    offset = np.int32(offset + round_bytes(like))
+    return offset if offset < RING else np.int32(0)
+
+
+@device
+def sum_apart(like, stride, size, room, ring):
+    """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
+    guess = NO_GUESS
+    for i in range(size):
+        address, skip, classes = float_bits(room[0, i]), float_bits(room[1, i]), np.int32(float_bits(room[2, i]))
+        if classes > 0:
+            s, c = 0.0, -np.inf
+            if address != 0:
+                s, c = chunk_sum(like, address, stride, classes, skip, guess)
+                guess = guess_after(c)
+            put_sum(room, i, s, c)
+
+
+@device
+def sum_stream(like, stride, size, room, ring):
+    """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
+    wait for a sum. One that its guess does not fit is summed again from memory."""
+    task, at, left, offset, guess = np.int32(-1), np.int64(0), np.int32(0), np.int32(0), NO_GUESS
+    for _ in range(RING // round_bytes(like)):
+        task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
+        offset = next_offset(like, offset)
+    for i in range(size):
+        address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
+        if address != 0:
+            begin = first_position(like, address, stride)[1]
+            end, skip = np.int32(begin + classes), skip_position(float_bits(room[1, i]), classes, begin)
+            ref = guess
+            if ref != ref:
+                await_oldest(like)
+                head = ring_step(like, ring, offset, np.int32(0), begin, end, skip, WARP)
+                ref = exponent_32(team_largest(head, WARP))
+            m, low = frame_32(ref, BIAS)
+            total, top, p = zeros(like), np.int32(0), np.int32(0)
+            whole = np.int32(end & -LANES)
+            apart = np.int32(skip & -LANES) if skip >= 0 else whole
+            while p < min(end, np.int32(CHUNK)):
+                stop = min(whole, apart) if p <= apart else whole
+                if p < begin:
+                    stop = np.int32(0)
+                while p < stop:
+                    await_oldest(like)
+                    x = load_ring(like, ring, np.int32(offset + cuda.laneid * 16))
+                    total, top = add_step(x, low, m, total, top)
+                    task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
+                    offset, p = next_offset(like, offset), np.int32(p + LANES)
+                if p < min(end, np.int32(CHUNK)):
+                    await_oldest(like)
+                    x = ring_step(like, ring, offset, p, begin, end, skip, WARP)
+                    total, top = add_step(x, low, m, total, top)
+                    task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
+                    offset, p = next_offset(like, offset), np.int32(p + LANES)
+            if end > CHUNK:  # eight lanes at most
+                low_half, high_half = halves(total)
+                first, second = halves(low_half)
+                await_oldest(like)
+                x = ring_step(like, ring, offset, p, begin, end, skip, WARP)
+                first, top = add_step(halves(halves(x)[0])[0], low, m, first, top)
+                total = join(join(first, second), high_half)
+                task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
+                offset = next_offset(like, offset)
+            s, n = fold_lanes(like, total, WARP), bits_float(np.int32(warp_max(top))) - m
+            if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
+                put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
+                guess = n - MARGIN
+    cuda.syncwarp()
+    sum_apart(like, stride, size, room, ring)
+
+
+@device
+def put_sum(room, i, s, c):
+    """room[:3, i] = (s, c, no classes), after all threads have read what was there."""
+    cuda.syncwarp()
+    if cuda.laneid == 0:
+        room[0, i], room[1, i], room[2, i] = s, c, 0.0
+
+
+def sum_chunks(like, stride, size, room, ring):
+    """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
+    of 0 is no chunk. `stride` is an int32 where classes lie side by side."""
+    ahead = isinstance(stride, np.int32) and not isinstance(like, float)
+    return (sum_stream if ahead else sum_apart)(like, int(stride), size, room, ring)
+
+
+@overload(sum_chunks)
+def _sum_chunks(like, stride, size, room, ring):
+    if like != types.float64 and stride == types.int32:
+        return lambda like, stride, size, room, ring: sum_stream(like, np.int64(item_size(like)), size, room, ring)
+    if stride == types.int32:
+        return lambda like, stride, size, room, ring: sum_apart(like, np.int64(item_size(like)), size, room, ring)
+    return lambda like, stride, size, room, ring: sum_apart(like, stride, size, room, ring)

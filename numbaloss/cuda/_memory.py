@@ -309,9 +309,123 @@ def hide_first(typingctx, like, v, count):
     return v(like, v, types.int32), codegen
 
 
+@intrinsic
+def hide_from(typingctx, like, v, k, team):
+    """v, but -inf in the places of the items that lie k positions after its first one and further on."""
+    n = _per_load(like)
+
+    def codegen(context, builder, sig, args):
+        _, v, k, team = args
+        items, low, far = _items(builder, v), ir.Constant(v.type.element, -math.inf), builder.mul(team, _c32(n))
+        for i in range(WIDTH):
+            if i and i % n == 0:
+                k = builder.sub(k, far)
+            items[i] = builder.select(builder.icmp_signed("<=", k, _c32(i % n)), low, items[i])
+        return _pack(builder, items, v.type)
+
+    return v(like, v, types.int32, types.int32), codegen
+
+
 def _words(builder, v):
     """Sixteen bytes as four integers."""
     return _items(builder, builder.bitcast(v, ir.VectorType(_I32, 4)))
+
+
+# -- ahead of time: a ring of rounds in shared memory, which the copy engine fills while a warp computes -----------------
+
+
+RING = 8192  # bytes of a warp's ring: four rounds of 16-bit logits, two of float32, one of float64
+RING_ITEMS = RING // 8
+APART = 512  # bytes from one load of a thread to its next in the ring
+
+
+def _in_ring(context, builder, ring, value, offset):
+    """The address in shared memory of the byte `offset` of an array there."""
+    data = context.make_array(ring)(context, builder, value).data
+    shared = builder.addrspacecast(data, data.type.pointee.as_pointer(3))
+    return builder.add(builder.ptrtoint(shared, _I32), offset)
+
+
+def _assembly(builder, code, operands="", args=()):
+    """An instruction that other accesses to memory do not move across."""
+    kind = ir.FunctionType(ir.VoidType(), [x.type for x in args])
+    clobber = "~{memory}"
+    text = ir.InlineAsm(kind, code, f"{operands},{clobber}" if operands else clobber, side_effect=True)
+    builder.call(text, args)
+
+
+@intrinsic
+def copy_ahead(typingctx, like, ring, offset, address, team, left):
+    """Start to copy what load_vector reads at `address` to this thread's places in a ring, the first at `offset`; of
+    the bytes from `address` on only the first `left` are read."""
+
+    def codegen(context, builder, sig, args):
+        _, value, offset, address, team, left = args
+        where, far = _in_ring(context, builder, ring, value, offset), builder.mul(team, _c32(16))
+        count, step = WIDTH // _per_load(like), builder.sext(far, _I64)
+        whole = builder.icmp_signed(">=", left, builder.add(builder.mul(far, _c32(count - 1)), _c32(16)))
+
+        def copy(address, left):
+            for g in range(count):
+                to = builder.add(where, _c32(APART * g))
+                if left is None:
+                    _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", [to, address])
+                else:
+                    some = builder.select(builder.icmp_signed("<", left, _c32(16)), left, _c32(16))
+                    some = builder.select(builder.icmp_signed(">", some, _c32(0)), some, _c32(0))
+                    _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", [to, address, some])
+                    left = builder.sub(left, far)
+                address = builder.add(address, step)
+
+        with builder.if_else(whole) as (all_of_it, part):
+            with all_of_it:
+                copy(address, None)
+            with part:
+                copy(address, left)
+        return context.get_dummy_value()
+
+    i32 = types.int32
+    return types.void(like, ring, i32, types.int64, i32, i32), codegen
+
+
+@intrinsic
+def end_of_round(typingctx):
+    """What copy_ahead has started since the last call is a round, which may be empty."""
+
+    def codegen(context, builder, sig, args):
+        _assembly(builder, "cp.async.commit_group;")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def await_oldest(typingctx, like):
+    """Wait until of this thread's rounds all but as many as a ring holds less one have been copied."""
+    under_way = RING // (32 * WIDTH * (like.bitwidth // 8)) - 1
+
+    def codegen(context, builder, sig, args):
+        _assembly(builder, f"cp.async.wait_group {under_way};")
+        return context.get_dummy_value()
+
+    return types.void(like), codegen
+
+
+@intrinsic
+def load_ring(typingctx, like, ring, offset):
+    """The Vector that copy_ahead has copied."""
+
+    def codegen(context, builder, sig, args):
+        _, value, offset = args
+        where = _in_ring(context, builder, ring, value, offset)
+        kind, words = ir.VectorType(_I32, 4), []
+        for g in range(WIDTH // _per_load(like)):
+            pointer = builder.inttoptr(builder.add(where, _c32(APART * g)), kind.as_pointer(3))
+            words.append(_items(builder, builder.load(pointer, align=16)))
+        items = [x for w in words for x in _widen_words(context, builder, like, w)]
+        return _pack(builder, items, vector_ir(sig.return_type))
+
+    return _wide(like)(like, ring, types.int32), codegen
 
 
 @intrinsic

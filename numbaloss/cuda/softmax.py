@@ -11,10 +11,10 @@ from numba import types
 from .._intrinsics import bits_float, float_bits
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
-from ._chunks import NO_GUESS, WARP, chunk_sum, first_position, guess_after, load_step, round_sum
+from ._chunks import WARP, copy_row, first_position, load_step, next_offset, round_bytes, round_sum, sum_chunks
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import fill, load, store, store_item, store_part
+from ._memory import RING, RING_ITEMS, await_oldest, fill, load, store, store_item, store_part
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
@@ -32,8 +32,7 @@ from ._rows import (
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
-SHORT_RESIDENT = 5
-RESIDENT = 4  # blocks of sparse_xent on a multiprocessor, as their registers allow
+SHORT_RESIDENT, RESIDENT = 20, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
 
 
 def teams(items, classes):
@@ -65,21 +64,25 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range."""
     rows = with_known_stride(like, rows)
     arguments = like, rows, operand(labels), operand(weights), ignore_index
-    chunks, resident = -(-rows[5] // CHUNK), RESIDENT * processors(loss)
     team = round_team(like, rows)
     if team:
-        group = max(32 // team, min(32, -(-items // (TEAMS * SHORT_RESIDENT * processors(loss)))))
-        blocks = -(-items // (TEAMS * group))
-        return launch(_short_sparse_xent.of(like), blocks, THREADS, loss, items, group, team, *arguments, address(loss))
+        blocks, group = warps_for(items, SHORT_RESIDENT * processors(loss), 32 // team)
+        return launch(_short_sparse_xent.of(like), blocks, 32, loss, items, group, team, *arguments, address(loss))
+    chunks = -(-rows[5] // CHUNK)
+    tasks = items * chunks
+    blocks, group = warps_for(tasks, RESIDENT * processors(loss), 1)
     if chunks == 1:
-        group = min(32, -(-items // (TEAMS * resident)))  # rows a warp: all blocks at once, or many waves of them
-        blocks = -(-items // (TEAMS * group))
-        return launch(_sparse_xent.of(like), blocks, THREADS, loss, items, group, *arguments, address(loss))
-    if items >= resident // 2:
-        return launch(_wide_sparse_xent.of(like), *teams(items, rows[5]), loss, items, *arguments, address(loss))
-    parts = kept(cupy.empty((items, chunks, 2)))
-    launch(_chunk_sums.of(like), items * chunks, 32, loss, items * chunks, *arguments, address(parts))
+        return launch(_sparse_xent.of(like), blocks, 32, loss, items, group, *arguments, address(loss))
+    parts = kept(cupy.empty((tasks, 2)))
+    launch(_chunk_sums.of(like), blocks, 32, loss, tasks, group, *arguments, address(parts))
     return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
+
+
+def warps_for(tasks, resident, at_once):
+    """(blocks of a warp, tasks of each, 32 at most): whole waves of `resident` warps that have equally much to do."""
+    waves = -(-tasks // (32 * resident))
+    group = max(at_once, -(-tasks // max(1, waves * resident)))
+    return -(-tasks // group), group
 
 
 @device
@@ -102,101 +105,105 @@ def target_of(like, rows, address, y):
 
 
 @device
-def look_up(like, rows, first, size, labels, weights, ignore_index, room):
-    """room[:, i] of this warp = (address, label, target) of row first + i."""
-    if cuda.laneid < size:
-        address, y = row_of(like, rows, first + cuda.laneid, labels, weights, ignore_index)
-        i = np.int32(cuda.threadIdx.x)
-        room[0, i], room[1, i] = bits_float(address), bits_float(y)
-        room[2, i] = target_of(like, rows, address, y)
+def look_up(like, rows, first, size, chunks, labels, weights, ignore_index, room):
+    """room[:, i] of this warp = (address, label, classes, target) of chunk first + i, the label as it counts there."""
+    lane = np.int64(cuda.laneid)
+    if lane < size:
+        r, k = first + lane, np.int64(0)
+        if chunks > 1:
+            r = (first + lane) // chunks
+            k = (first + lane - r * chunks) * CHUNK
+        address, y = row_of(like, rows, r, labels, weights, ignore_index)
+        if chunks == 1:
+            room[3, lane] = target_of(like, rows, address, y)
+        if address != 0:
+            address, y = address + k * class_stride(like, rows), y - k
+        room[0, lane], room[1, lane] = bits_float(address), bits_float(y)
+        room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k))
     cuda.syncwarp()
 
 
 @device
 def finish(like, loss, first, size, room):
-    """loss[first + i] from room[:, i] of this warp = (s, c, target)."""
+    """loss[first + i] from room[:, i] of this warp = (s, c, ..., target)."""
     cuda.syncwarp()
     if cuda.laneid < size:
-        i = np.int32(cuda.threadIdx.x)
-        at = loss + (first + cuda.laneid) * item_size(compute_zero(like))
-        store(at, loss_of(like, room[0, i], room[1, i], room[2, i]))
+        i = np.int32(cuda.laneid)
+        at = loss + (first + i) * item_size(compute_zero(like))
+        store(at, loss_of(like, room[0, i], room[1, i], room[3, i]))
 
 
-@kernel(THREADS, SHORT_RESIDENT, SHORT_RESIDENT, 2)
+@kernel(32, SHORT_RESIDENT, SHORT_RESIDENT, 8)
 def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_index, loss):
     """Rows of one round: thread i looks up label and target of row i, `team` threads sum a row at once, so that the
-    warp sums 32 / team of its `group` rows at a time; then thread i takes the logarithm for row i."""
-    room = cuda.shared.array((3, THREADS), types.float64)
-    team, column = np.int32(team), np.int32(cuda.threadIdx.x & ~31)
-    first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
+    warp sums 32 / team of its `group` rows at a time, from a ring that is filled ahead of it; then thread i takes the
+    logarithm for row i."""
+    room = cuda.shared.array((4, 32), types.float64)
+    ring = cuda.shared.array(RING_ITEMS, types.float64, 16)
+    team, first, stride = np.int32(team), np.int64(cuda.blockIdx.x) * group, class_stride(like, rows)
     size = np.int32(min(group, items - first))
-    look_up(like, rows, first, size, labels, weights, ignore_index, room)
+    look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
     at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
+    ahead, offset = i, np.int32(0)
+    if stride == item_size(like):
+        for _ in range(RING // round_bytes(like)):
+            address, classes = row_in(room, ahead, size)
+            copy_row(like, address, classes, ring, offset, team)
+            ahead, offset = np.int32(ahead + at_once), next_offset(like, offset)
     while done < size:
-        address, y, classes, spot = np.int64(0), np.int32(-1), np.int32(0), np.uint64(column + i)
+        address, classes = row_in(room, i, size)
+        y = np.int64(-1)
         if i < size:
-            address, y = float_bits(room[0, spot]), np.int32(float_bits(room[1, spot]))
-        if address != 0:
-            classes = np.int32(rows[5])
-        s, c = round_sum(like, address, class_stride(like, rows), classes, y, team)
-        cuda.syncwarp()
+            y = float_bits(room[1, i])
+        if stride == item_size(like):
+            await_oldest(like)
+        s, c = round_sum(like, address, stride, classes, y, team, ring, offset)
+        if stride == item_size(like):
+            address, classes = row_in(room, ahead, size)
+            copy_row(like, address, classes, ring, offset, team)
         if i < size and cuda.laneid & (team - 1) == 0:
-            room[0, spot], room[1, spot] = s, c
-        i, done = np.int32(i + at_once), np.int32(done + at_once)
-    finish(like, loss, first, size, room)
-
-
-@kernel(THREADS, RESIDENT, RESIDENT, 2)
-def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
-    """Rows of one chunk: as _short_sparse_xent, but the warp sums one row after the other, from a guess of the exponent
-    by the one before."""
-    room = cuda.shared.array((3, THREADS), types.float64)
-    column = np.int32(cuda.threadIdx.x & ~31)
-    first = (np.int64(cuda.blockIdx.x) * TEAMS + (cuda.threadIdx.x >> 5)) * group
-    size = np.int32(min(group, items - first))
-    look_up(like, rows, first, size, labels, weights, ignore_index, room)
-    i, guess = column, NO_GUESS
-    while i < column + size:
-        address, y = float_bits(room[0, i]), float_bits(room[1, i])
-        s, c = 0.0, -np.inf
-        if address != 0:
-            s, c = chunk_sum(like, address, class_stride(like, rows), rows[5], y, guess)
-            guess = guess_after(c)
-        cuda.syncwarp()
-        if cuda.laneid == 0:
             room[0, i], room[1, i] = s, c
-        i = np.int32(i + 1)
+        i, done = np.int32(i + at_once), np.int32(done + at_once)
+        ahead, offset = np.int32(ahead + at_once), next_offset(like, offset)
     finish(like, loss, first, size, room)
 
 
-@kernel(THREADS, RESIDENT, RESIDENT, 2)
-def _wide_sparse_xent(items, like, rows, labels, weights, ignore_index, loss):
-    """Rows of many chunks: a block takes a row. One thread looks the label up, and the target when all is summed."""
-    room, row = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array(2, types.int64)
-    if cuda.threadIdx.x == 0:
-        row[0], row[1] = row_of(like, rows, np.int64(cuda.blockIdx.x), labels, weights, ignore_index)
-    cuda.syncthreads()
-    s, c = 0.0, -np.inf
-    if row[0] != 0:
-        s, c = row_sum(like, rows, row[0], row[1], room)
-    if cuda.threadIdx.x == 0:
-        at = loss + np.int64(cuda.blockIdx.x) * item_size(compute_zero(like))
-        store(at, loss_of(like, s, c, target_of(like, rows, row[0], row[1])))
+@device
+def row_in(room, i, size):
+    """(address, classes) of row i of a warp; no classes where there is no row, or none that counts."""
+    address = np.int64(0)
+    if i < size:
+        address = float_bits(room[0, i])
+    return address, np.int32(float_bits(room[2, i])) if address != 0 else np.int32(0)
 
 
-@kernel(32)
-def _chunk_sums(items, like, rows, labels, weights, ignore_index, parts):
-    """Few rows of many chunks: a warp sums a chunk."""
-    chunks, task, stride = (rows[5] + CHUNK - 1) // CHUNK, np.int64(cuda.blockIdx.x), class_stride(like, rows)
-    begin = task % chunks * CHUNK
-    address, y = row_of(like, rows, task // chunks, labels, weights, ignore_index)
-    s, c = 0.0, -np.inf
-    if address != 0:
-        size = min(np.int64(CHUNK), rows[5] - begin)
-        s, c = chunk_sum(like, address + begin * stride, stride, size, y - begin, NO_GUESS)
-    if cuda.laneid == 0:
-        store(parts + task * 16, s)
-        store(parts + task * 16 + 8, c)
+@kernel(32, RESIDENT, RESIDENT, 8)
+def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
+    """Rows of one chunk: a warp looks `group` of them up at once, sums one after the other, and takes the logarithms at
+    once."""
+    room = cuda.shared.array((4, 32), types.float64)
+    ring = cuda.shared.array(RING_ITEMS, types.float64, 16)
+    first = np.int64(cuda.blockIdx.x) * group
+    size = np.int32(min(group, items - first))
+    look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
+    sum_chunks(like, rows[4], size, room, ring)
+    finish(like, loss, first, size, room)
+
+
+@kernel(32, RESIDENT, RESIDENT, 8)
+def _chunk_sums(items, group, like, rows, labels, weights, ignore_index, parts):
+    """Rows of many chunks: as _sparse_xent, but for `group` chunks, of one row or of several."""
+    room = cuda.shared.array((4, 32), types.float64)
+    ring = cuda.shared.array(RING_ITEMS, types.float64, 16)
+    first = np.int64(cuda.blockIdx.x) * group
+    size = np.int32(min(group, items - first))
+    look_up(like, rows, first, size, (rows[5] + CHUNK - 1) // CHUNK, labels, weights, ignore_index, room)
+    sum_chunks(like, rows[4], size, room, ring)
+    cuda.syncwarp()
+    if cuda.laneid < size:
+        at, i = parts + (first + cuda.laneid) * 16, np.int32(cuda.laneid)
+        store(at, room[0, i])
+        store(at + 8, room[1, i])
 
 
 @kernel(32)
