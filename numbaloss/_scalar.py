@@ -489,16 +489,27 @@ def power_32(x, low, m, scale):
     """(scale * p, power of two, exponent word t = m + n), p times the power being 2^(x * LOG2E - ref); (m, low) from
     frame_32(ref, BIAS). Exactly 0 where x lies under `low`. NaN stays NaN.
     """
-    v = at_least(x, low)
-    t = fma(v, LOG2E, m)
-    f = fma(v, LOG2E, -(t - m))
+    return clipped_power_32(at_least(x, low), m, scale)
+
+
+@scalar
+def clipped_power_32(x, m, scale):
+    """power_32 of what lies under no `low`."""
+    t = fma(x, LOG2E, m)
+    f = fma(x, LOG2E, -(t - m))
     return exp2_sum(f, scale), low_bits_exponent(t), t
 
 
 @scalar
 def term_32(x, low, m, total):
     """total + 2^(x * LOG2E - ref), and its exponent word; see power_32."""
-    p, power, t = power_32(x, low, m, ONE)
+    return clipped_term_32(at_least(x, low), m, total)
+
+
+@scalar
+def clipped_term_32(x, m, total):
+    """term_32 of what lies under no `low`."""
+    p, power, t = clipped_power_32(x, m, ONE)
     return fma(p, power, total), t
 
 

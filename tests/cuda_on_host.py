@@ -12,12 +12,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import cupy
+import ml_dtypes
 import numpy as np
 import simt
 from numba import njit
 from simt import MEMORY, scalar_twin, twin
 
-from numbaloss import _check, _divergence_scalar, _intrinsics, _typed, _vector
+from numbaloss import _check, _divergence_scalar, _intrinsics, _scalar, _typed, _vector
 from numbaloss.cuda import _chunks, _launch, _memory, divergence
 from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
@@ -331,18 +332,43 @@ def hide_from(like, v, k, team):
     return np.where(far(like, team) >= k, v.dtype.type(-np.inf), v)
 
 
+RINGS = {}  # by the address that the last of them got
+
+
+@twin(_memory.shared_address)
+def shared_address(array):
+    """Small numbers stand for addresses, which would not fit into 32 bits."""
+    for address, ring in RINGS.items():
+        if ring is array:
+            return np.int32(address)
+    if len(RINGS) > 1000:
+        RINGS.clear()
+    RINGS[address := len(RINGS) << 20] = array
+    return np.int32(address)
+
+
+def _ring(where):
+    """(bytes of the array, place) of an address in shared memory."""
+    return RINGS[int(where) >> 20 << 20].view(np.uint8), int(where) & 0xFFFFF
+
+
 @twin(_memory.copy_ahead)
-def copy_ahead(like, ring, offset, address, team, left):
+def copy_ahead(like, where, address, team):
+    copy_ahead_part(like, where, address, team, 1 << 20)
+
+
+@twin(_memory.copy_ahead_part)
+def copy_ahead_part(like, where, address, team, left):
     """Nothing is copied before it is awaited; `copies` of a thread are its rounds, the last one not ended."""
-    pieces = []
+    ring, place = _ring(where)
     for g in range(WIDTH // per_load(like)):
         size = min(max(int(left) - 16 * int(team) * g, 0), 16)
         if size:
-            source = MEMORY.view(address + 16 * int(team) * g, size, dtype_of(like).itemsize)
-            if (address + 16 * int(team) * g) % 16:
-                raise simt.SimError(f"a copy from {address:#x}, which is no multiple of 16")
-            pieces.append((ring.view(np.uint8), int(offset) + _memory.APART * g, source))
-    _copies()[-1].extend(pieces)
+            at = int(address) + 16 * int(team) * g
+            if at % 16:
+                raise simt.SimError(f"a copy from {at:#x}, which is no multiple of 16")
+            source = MEMORY.view(at, size, dtype_of(like).itemsize)
+            _copies()[-1].append((ring, place + _memory.APART * g, source))
 
 
 def _copies():
@@ -367,10 +393,43 @@ def await_oldest(like):
 
 
 @twin(_memory.load_ring)
-def load_ring(like, ring, offset):
-    room, count = ring.view(np.uint8), WIDTH // per_load(like)
-    loads = [room[int(offset) + _memory.APART * g :][:16] for g in range(count)]
+def load_ring(like, where):
+    ring, place = _ring(where)
+    loads = [ring[place + _memory.APART * g :][:16] for g in range(WIDTH // per_load(like))]
     return widened(np.concatenate(loads).view(dtype_of(like)))
+
+
+def _pair(words, like):
+    """The logits in a word, or in many, the lower half first."""
+    return widened(np.atleast_1d(np.asarray(words)).astype(np.int32).view(dtype_of(like)))
+
+
+def _as_pair(a, b, like):
+    return np.array([a, b], np.float32).astype(STORED[dtype_of(like)]).view(np.int32)[0]
+
+
+STORED = {np.dtype(np.uint16): ml_dtypes.bfloat16, np.dtype(np.int16): np.float16}
+
+
+@twin(_memory.load_ring_above)
+def load_ring_above(like, where, low, top):
+    x = np.maximum(load_ring(like, where), _pair(low, like)[0])
+    best = np.maximum(x.reshape(-1, 2).max(axis=0), _pair(top, like))
+    return x, _as_pair(*best, like)
+
+
+@twin(_memory.pair_above)
+def pair_above(like, x):
+    dtype = STORED[dtype_of(like)]
+    up = np.float32(x).astype(dtype)
+    if up < x:
+        up = np.nextafter(up, dtype(np.inf))
+    return _as_pair(up, up, like)
+
+
+@twin(_memory.larger_of_pair)
+def larger_of_pair(like, pair):
+    return np.float32(_pair(pair, like).max())
 
 
 @twin(_memory.load_apart)
@@ -538,6 +597,11 @@ def term(x, low, m, total):
     out, t = np.empty_like(x), np.empty_like(x)
     _term_each(x, low, m, *_spread(x, total), out, t)
     return out, t
+
+
+@twin(_scalar.clipped_term_32)
+def clipped_term_32(x, m, total):
+    return term(x, np.float32(-np.inf), m, total)
 
 
 @twin(_intrinsics.select)

@@ -18,7 +18,9 @@ from .._scalar import (
     INF,
     INV_LOG2E,
     LANES,
+    LOG2E,
     ZERO,
+    clipped_term_32,
     exponent_32,
     f32,
     frame_32,
@@ -32,6 +34,7 @@ from ._memory import (
     await_oldest,
     butterfly,
     copy_ahead,
+    copy_ahead_part,
     end_of_round,
     fold_loads,
     halves,
@@ -39,15 +42,19 @@ from ._memory import (
     hide_first,
     hide_from,
     join,
+    larger_of_pair,
     largest_key,
     load,
     load_part,
     load_ring,
+    load_ring_above,
     load_vector,
+    pair_above,
     zeros,
 )
 
 WARP = np.int32(32)
+CLIP_LIMIT = f32(256)  # up to here 16-bit logits lie at most 1 apart
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the warp's chunk before it
 NO_GUESS = f32(np.nan)
 
@@ -158,21 +165,20 @@ def add_step(x, low, m, total, top):
 
 
 @device
-def copy_row(like, address, size, ring, offset, team):
+def copy_row(like, address, size, where, team):
     """Start to copy a row of up to 32 * team logits, as ring_step takes it, if there are any."""
     if size > 0:
         base, begin = first_position(like, address, item_size(like))
         thread = np.int32((cuda.laneid & (team - 1)) * 16)
-        left = np.int32((begin + size) * item_size(like) - thread)
-        copy_ahead(like, ring, np.int32(offset + cuda.laneid * 16), base + thread, team, left)
+        copy_ahead_part(like, where, base + thread, team, np.int32((begin + size) * item_size(like) - thread))
     end_of_round()
 
 
 @device
-def ring_step(like, ring, offset, p, begin, end, skip, team):
-    """As load_step, of logits side by side that have been copied to the ring."""
+def ring_step(like, where, p, begin, end, skip, team):
+    """As load_step, of logits side by side that have been copied to this thread's places in a ring."""
     position = np.int32(p + (cuda.laneid & (team - 1)) * (16 // item_size(like)))
-    v = load_ring(like, ring, np.int32(offset + cuda.laneid * 16))
+    v = load_ring(like, where)
     if p < begin:
         v = hide_first(like, v, np.int32(begin - position))
     if end - p < 32 * team:
@@ -181,14 +187,14 @@ def ring_step(like, ring, offset, p, begin, end, skip, team):
 
 
 @device
-def round_sum(like, address, stride, size, skip, team, ring, offset):
+def round_sum(like, address, stride, size, skip, team, where):
     """(s, c) as by chunk_sum of up to 32 * team logits, those before a 16-byte boundary counting: a row that a team
     reads at once, from the ring if its classes lie side by side. The teams of a warp have rows of their own, or none
     (0 logits), but call this together."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
     if stride == item_size(like):
-        x = ring_step(like, ring, offset, np.int32(0), begin, end, skip, team)
+        x = ring_step(like, where, np.int32(0), begin, end, skip, team)
     else:
         x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
     m, low, shift, c = row_frame(team_largest(x, team))
@@ -340,28 +346,87 @@ def round_bytes(like):
 
 
 @device
-def copy_round(like, ring, offset, task, at, left, size, room):
-    """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on, have not been
-    asked for. Gives (task, at, left) for the round after it."""
-    if left <= 0:
-        task = np.int32(task + 1)
-        while task < size and float_bits(room[0, task]) == 0:
+def copy_round(like, where, task, at, left, size, room):
+    """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on (this thread's
+    first load), have not been asked for. Gives (task, at, left) for the round after it."""
+    if left >= round_bytes(like):
+        copy_ahead(like, where, at, WARP)
+    else:
+        if left <= 0:
             task = np.int32(task + 1)
+            while task < size and float_bits(room[0, task]) == 0:
+                task = np.int32(task + 1)
+            if task < size:
+                base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
+                at = base + cuda.laneid * 16
+                left = np.int32((begin + np.int32(float_bits(room[2, task]))) * item_size(like))
         if task < size:
-            at, begin = first_position(like, float_bits(room[0, task]), item_size(like))
-            left = np.int32((begin + np.int32(float_bits(room[2, task]))) * item_size(like))
-    if task < size:
-        thread = np.int32(cuda.laneid * 16)
-        copy_ahead(like, ring, np.int32(offset + thread), at + thread, WARP, np.int32(left - thread))
-        at, left = at + round_bytes(like), np.int32(left - round_bytes(like))
+            copy_ahead_part(like, where, at, WARP, np.int32(left - cuda.laneid * 16))
     end_of_round()
-    return task, at, left
+    return task, at + round_bytes(like), np.int32(left - round_bytes(like))
 
 
 @device
-def next_offset(like, offset):
-    offset = np.int32(offset + round_bytes(like))
-    return offset if offset < RING else np.int32(0)
+def next_round(like, where, ring):
+    """This thread's places for the round after that at `where`, in a ring that begins at `ring` for it."""
+    where = np.int32(where + round_bytes(like))
+    return where if where < np.int32(ring + RING) else ring
+
+
+def clip_of(like, low):
+    """What add_round needs of `low`: for 16 bits, a pair of logits (see pair_above), or 0 if these are too coarse there."""
+    if isinstance(like, np.float32):
+        return np.int32(1)
+    return pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
+
+
+@overload(clip_of)
+def _clip_of(like, low):
+    if like == types.float32:
+        return lambda like, low: np.int32(1)
+    return lambda like, low: pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
+
+
+def add_round(like, where, clip, low, m, total, top):
+    """As add_step, of a round in the ring. Of 16-bit logits `top` is a pair: two are compared at once."""
+    if isinstance(like, np.float32):
+        return add_step(load_ring(like, where), low, m, total, top)
+    x, top = load_ring_above(like, where, clip, top)
+    return clipped_term_32(x, m, total)[0], top
+
+
+@overload(add_round)
+def _add_round(like, where, clip, low, m, total, top):
+    if like == types.float32:
+        return lambda like, where, clip, low, m, total, top: add_step(load_ring(like, where), low, m, total, top)
+
+    def add(like, where, clip, low, m, total, top):
+        x, top = load_ring_above(like, where, clip, top)
+        return clipped_term_32(x, m, total)[0], np.int32(top)
+
+    return add
+
+
+def no_top(like):
+    """What add_round begins with."""
+    return np.int32(0) if isinstance(like, np.float32) else pair_above(like, -INF)
+
+
+@overload(no_top)
+def _no_top(like):
+    return (lambda like: np.int32(0)) if like == types.float32 else (lambda like: pair_above(like, -INF))
+
+
+def exponent_word(like, top, low, m):
+    """The bits that add_step would give for the `top` of add_round."""
+    return top if isinstance(like, np.float32) else float_bits(fma(at_least(larger_of_pair(like, top), low), LOG2E, m))
+
+
+@overload(exponent_word)
+def _exponent_word(like, top, low, m):
+    if like == types.float32:
+        return lambda like, top, low, m: top
+    return lambda like, top, low, m: float_bits(fma(at_least(larger_of_pair(like, top), low), LOG2E, m))
 
 
 @device
@@ -382,10 +447,10 @@ def sum_apart(like, stride, size, room, ring):
 def sum_stream(like, stride, size, room, ring):
     """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
     wait for a sum. One that its guess does not fit is summed again from memory."""
-    task, at, left, offset, guess = np.int32(-1), np.int64(0), np.int32(0), np.int32(0), NO_GUESS
+    task, at, left, where, guess = np.int32(-1), np.int64(0), np.int32(0), ring, NO_GUESS
     for _ in range(RING // round_bytes(like)):
-        task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
-        offset = next_offset(like, offset)
+        task, at, left = copy_round(like, where, task, at, left, size, room)
+        where = next_round(like, where, ring)
     for i in range(size):
         address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
         if address != 0:
@@ -394,11 +459,12 @@ def sum_stream(like, stride, size, room, ring):
             ref = guess
             if ref != ref:
                 await_oldest(like)
-                head = ring_step(like, ring, offset, np.int32(0), begin, end, skip, WARP)
+                head = ring_step(like, where, np.int32(0), begin, end, skip, WARP)
                 ref = exponent_32(team_largest(head, WARP))
             m, low = frame_32(ref, BIAS)
+            clip, best = clip_of(like, low), no_top(like)
             total, top, p = zeros(like), np.int32(0), np.int32(0)
-            whole = np.int32(end & -LANES)
+            whole = np.int32(end & -LANES) if clip != 0 else np.int32(0)
             apart = np.int32(skip & -LANES) if skip >= 0 else whole
             while p < min(end, np.int32(CHUNK)):
                 stop = min(whole, apart) if p <= apart else whole
@@ -406,25 +472,25 @@ def sum_stream(like, stride, size, room, ring):
                     stop = np.int32(0)
                 while p < stop:
                     await_oldest(like)
-                    x = load_ring(like, ring, np.int32(offset + cuda.laneid * 16))
-                    total, top = add_step(x, low, m, total, top)
-                    task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
-                    offset, p = next_offset(like, offset), np.int32(p + LANES)
+                    total, best = add_round(like, where, clip, low, m, total, best)
+                    task, at, left = copy_round(like, where, task, at, left, size, room)
+                    where, p = next_round(like, where, ring), np.int32(p + LANES)
                 if p < min(end, np.int32(CHUNK)):
                     await_oldest(like)
-                    x = ring_step(like, ring, offset, p, begin, end, skip, WARP)
+                    x = ring_step(like, where, p, begin, end, skip, WARP)
                     total, top = add_step(x, low, m, total, top)
-                    task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
-                    offset, p = next_offset(like, offset), np.int32(p + LANES)
+                    task, at, left = copy_round(like, where, task, at, left, size, room)
+                    where, p = next_round(like, where, ring), np.int32(p + LANES)
             if end > CHUNK:  # eight lanes at most
                 low_half, high_half = halves(total)
                 first, second = halves(low_half)
                 await_oldest(like)
-                x = ring_step(like, ring, offset, p, begin, end, skip, WARP)
+                x = ring_step(like, where, p, begin, end, skip, WARP)
                 first, top = add_step(halves(halves(x)[0])[0], low, m, first, top)
                 total = join(join(first, second), high_half)
-                task, at, left = copy_round(like, ring, offset, task, at, left, size, room)
-                offset = next_offset(like, offset)
+                task, at, left = copy_round(like, where, task, at, left, size, room)
+                where = next_round(like, where, ring)
+            top = max(top, exponent_word(like, best, low, m))
             s, n = fold_lanes(like, total, WARP), bits_float(np.int32(warp_max(top))) - m
             if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)

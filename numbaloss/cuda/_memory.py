@@ -339,11 +339,17 @@ RING_ITEMS = RING // 8
 APART = 512  # bytes from one load of a thread to its next in the ring
 
 
-def _in_ring(context, builder, ring, value, offset):
-    """The address in shared memory of the byte `offset` of an array there."""
-    data = context.make_array(ring)(context, builder, value).data
-    shared = builder.addrspacecast(data, data.type.pointee.as_pointer(3))
-    return builder.add(builder.ptrtoint(shared, _I32), offset)
+@intrinsic
+def shared_address(typingctx, array):
+    """Where an array in shared memory begins, there."""
+
+    def codegen(context, builder, sig, args):
+        data = context.make_array(array)(context, builder, args[0]).data
+        address = builder.ptrtoint(builder.addrspacecast(data, data.type.pointee.as_pointer(3)), _I32)
+        kind = ir.FunctionType(_I32, [_I32])  # once: it would be worked out anew in each round
+        return builder.call(ir.InlineAsm(kind, "mov.b32 $0, $1;", "=r,r", side_effect=True), [address])
+
+    return types.int32(array), codegen
 
 
 def _assembly(builder, code, operands="", args=()):
@@ -354,38 +360,42 @@ def _assembly(builder, code, operands="", args=()):
     builder.call(text, args)
 
 
+def _copy_ahead(builder, like, where, address, team, left=None):
+    """Copy this thread's loads of a round, of each at most the bytes that are left."""
+    far = builder.mul(team, _c32(16))
+    step = builder.sext(far, _I64)
+    for g in range(WIDTH // _per_load(like)):
+        to = builder.add(where, _c32(APART * g))
+        if left is None:
+            _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", [to, address])
+        else:
+            some = builder.select(builder.icmp_signed("<", left, _c32(16)), left, _c32(16))
+            some = builder.select(builder.icmp_signed(">", some, _c32(0)), some, _c32(0))
+            _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", [to, address, some])
+            left = builder.sub(left, far)
+        address = builder.add(address, step)
+
+
 @intrinsic
-def copy_ahead(typingctx, like, ring, offset, address, team, left):
-    """Start to copy what load_vector reads at `address` to this thread's places in a ring, the first at `offset`; of
-    the bytes from `address` on only the first `left` are read."""
+def copy_ahead(typingctx, like, where, address, team):
+    """Start to copy what load_vector reads at `address` to this thread's places in a ring, the first at `where`."""
 
     def codegen(context, builder, sig, args):
-        _, value, offset, address, team, left = args
-        where, far = _in_ring(context, builder, ring, value, offset), builder.mul(team, _c32(16))
-        count, step = WIDTH // _per_load(like), builder.sext(far, _I64)
-        whole = builder.icmp_signed(">=", left, builder.add(builder.mul(far, _c32(count - 1)), _c32(16)))
-
-        def copy(address, left):
-            for g in range(count):
-                to = builder.add(where, _c32(APART * g))
-                if left is None:
-                    _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", [to, address])
-                else:
-                    some = builder.select(builder.icmp_signed("<", left, _c32(16)), left, _c32(16))
-                    some = builder.select(builder.icmp_signed(">", some, _c32(0)), some, _c32(0))
-                    _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", [to, address, some])
-                    left = builder.sub(left, far)
-                address = builder.add(address, step)
-
-        with builder.if_else(whole) as (all_of_it, part):
-            with all_of_it:
-                copy(address, None)
-            with part:
-                copy(address, left)
+        _copy_ahead(builder, like, *args[1:])
         return context.get_dummy_value()
 
-    i32 = types.int32
-    return types.void(like, ring, i32, types.int64, i32, i32), codegen
+    return types.void(like, types.int32, types.int64, types.int32), codegen
+
+
+@intrinsic
+def copy_ahead_part(typingctx, like, where, address, team, left):
+    """As copy_ahead, but of the bytes from `address` on only the first `left` are read."""
+
+    def codegen(context, builder, sig, args):
+        _copy_ahead(builder, like, *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(like, types.int32, types.int64, types.int32, types.int32), codegen
 
 
 @intrinsic
@@ -412,20 +422,74 @@ def await_oldest(typingctx, like):
 
 
 @intrinsic
-def load_ring(typingctx, like, ring, offset):
+def load_ring(typingctx, like, where):
     """The Vector that copy_ahead has copied."""
 
     def codegen(context, builder, sig, args):
-        _, value, offset = args
-        where = _in_ring(context, builder, ring, value, offset)
         kind, words = ir.VectorType(_I32, 4), []
         for g in range(WIDTH // _per_load(like)):
-            pointer = builder.inttoptr(builder.add(where, _c32(APART * g)), kind.as_pointer(3))
+            pointer = builder.inttoptr(builder.add(args[1], _c32(APART * g)), kind.as_pointer(3))
             words.append(_items(builder, builder.load(pointer, align=16)))
         items = [x for w in words for x in _widen_words(context, builder, like, w)]
         return _pack(builder, items, vector_ir(sig.return_type))
 
-    return _wide(like)(like, ring, types.int32), codegen
+    return _wide(like)(like, types.int32), codegen
+
+
+def _larger_pair(builder, like, a, b):
+    """The larger of two pairs of 16-bit logits, NaN being the largest."""
+    kind = ir.FunctionType(_I32, [_I32, _I32])
+    dtype = "bf16x2" if like == types.uint16 else "f16x2"
+    return builder.call(ir.InlineAsm(kind, f"max.NaN.{dtype} $0, $1, $2;", "=r,r,r"), [a, b])
+
+
+@intrinsic
+def load_ring_above(typingctx, like, where, low, top):
+    """(Vector that copy_ahead has copied, but `low` where a logit is less; the largest of them and of `top`), for 16
+    bits: `low` and `top` are pairs of logits in a word, which are compared before they are widened."""
+    result = types.Tuple((_wide(like), types.int32))
+
+    def codegen(context, builder, sig, args):
+        _, where, low, top = args
+        kind, items = ir.VectorType(_I32, 4), []
+        for g in range(WIDTH // _per_load(like)):
+            pointer = builder.inttoptr(builder.add(where, _c32(APART * g)), kind.as_pointer(3))
+            words = [_larger_pair(builder, like, w, low) for w in _items(builder, builder.load(pointer, align=16))]
+            ab, cd = (_larger_pair(builder, like, *words[i : i + 2]) for i in (0, 2))
+            top = _larger_pair(builder, like, top, _larger_pair(builder, like, ab, cd))
+            items += _widen_words(context, builder, like, words)
+        return context.make_tuple(builder, result, [_pack(builder, items, vector_ir(result[0])), top])
+
+    return result(like, types.int32, types.int32, types.int32), codegen
+
+
+@intrinsic
+def pair_above(typingctx, like, x):
+    """Two times the least 16-bit logit that is not less than the float32 x, in a word."""
+
+    def codegen(context, builder, sig, args):
+        x = args[1]
+        if like == types.int16:
+            kind = ir.FunctionType(_I16, [_F32])
+            half = builder.zext(builder.call(ir.InlineAsm(kind, "cvt.rp.f16.f32 $0, $1;", "=h,f"), [x]), _I32)
+        else:
+            word = builder.bitcast(x, _I32)  # towards zero is up for negative numbers
+            up = builder.select(builder.icmp_signed("<", word, _c32(0)), _c32(0), _c32(0xFFFF))
+            half = builder.lshr(builder.add(word, up), _c32(16))
+        return builder.or_(half, builder.shl(half, _c32(16)))
+
+    return types.int32(like, types.float32), codegen
+
+
+@intrinsic
+def larger_of_pair(typingctx, like, pair):
+    """The larger logit of a pair, widened; NaN if one is."""
+
+    def codegen(context, builder, sig, args):
+        swapped = builder.or_(builder.shl(args[1], _c32(16)), builder.lshr(args[1], _c32(16)))
+        return _widen_words(context, builder, like, [_larger_pair(builder, like, args[1], swapped)])[0]
+
+    return types.float32(like, types.int32), codegen
 
 
 @intrinsic

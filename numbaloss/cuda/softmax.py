@@ -11,10 +11,10 @@ from numba import types
 from .._intrinsics import bits_float, float_bits
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
-from ._chunks import WARP, copy_row, first_position, load_step, next_offset, round_bytes, round_sum, sum_chunks
+from ._chunks import WARP, copy_row, first_position, load_step, next_round, round_bytes, round_sum, sum_chunks
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import RING, RING_ITEMS, await_oldest, fill, load, store, store_item, store_part
+from ._memory import RING, RING_ITEMS, await_oldest, fill, load, shared_address, store, store_item, store_part
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
@@ -124,6 +124,12 @@ def look_up(like, rows, first, size, chunks, labels, weights, ignore_index, room
 
 
 @device
+def thread_ring(ring):
+    """This thread's first places in a warp's ring."""
+    return np.int32(shared_address(ring) + cuda.laneid * 16)
+
+
+@device
 def finish(like, loss, first, size, room):
     """loss[first + i] from room[:, i] of this warp = (s, c, ..., target)."""
     cuda.syncwarp()
@@ -139,17 +145,17 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
     warp sums 32 / team of its `group` rows at a time, from a ring that is filled ahead of it; then thread i takes the
     logarithm for row i."""
     room = cuda.shared.array((4, 32), types.float64)
-    ring = cuda.shared.array(RING_ITEMS, types.float64, 16)
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
     team, first, stride = np.int32(team), np.int64(cuda.blockIdx.x) * group, class_stride(like, rows)
     size = np.int32(min(group, items - first))
     look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
     at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
-    ahead, offset = i, np.int32(0)
+    ahead, where = i, ring
     if stride == item_size(like):
         for _ in range(RING // round_bytes(like)):
             address, classes = row_in(room, ahead, size)
-            copy_row(like, address, classes, ring, offset, team)
-            ahead, offset = np.int32(ahead + at_once), next_offset(like, offset)
+            copy_row(like, address, classes, where, team)
+            ahead, where = np.int32(ahead + at_once), next_round(like, where, ring)
     while done < size:
         address, classes = row_in(room, i, size)
         y = np.int64(-1)
@@ -157,14 +163,14 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
             y = float_bits(room[1, i])
         if stride == item_size(like):
             await_oldest(like)
-        s, c = round_sum(like, address, stride, classes, y, team, ring, offset)
+        s, c = round_sum(like, address, stride, classes, y, team, where)
         if stride == item_size(like):
             address, classes = row_in(room, ahead, size)
-            copy_row(like, address, classes, ring, offset, team)
+            copy_row(like, address, classes, where, team)
         if i < size and cuda.laneid & (team - 1) == 0:
             room[0, i], room[1, i] = s, c
         i, done = np.int32(i + at_once), np.int32(done + at_once)
-        ahead, offset = np.int32(ahead + at_once), next_offset(like, offset)
+        ahead, where = np.int32(ahead + at_once), next_round(like, where, ring)
     finish(like, loss, first, size, room)
 
 
@@ -182,7 +188,7 @@ def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
     """Rows of one chunk: a warp looks `group` of them up at once, sums one after the other, and takes the logarithms at
     once."""
     room = cuda.shared.array((4, 32), types.float64)
-    ring = cuda.shared.array(RING_ITEMS, types.float64, 16)
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
     first = np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
     look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
@@ -194,7 +200,7 @@ def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
 def _chunk_sums(items, group, like, rows, labels, weights, ignore_index, parts):
     """Rows of many chunks: as _sparse_xent, but for `group` chunks, of one row or of several."""
     room = cuda.shared.array((4, 32), types.float64)
-    ring = cuda.shared.array(RING_ITEMS, types.float64, 16)
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
     first = np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
     look_up(like, rows, first, size, (rows[5] + CHUNK - 1) // CHUNK, labels, weights, ignore_index, room)
