@@ -237,6 +237,11 @@ def atomic_add(address, value):
     return before
 
 
+@twin(_memory.thread_anew, needs_cuda=True)
+def thread_anew(cuda):
+    return lambda: np.int32(cuda.threadIdx.x)
+
+
 @twin(_memory.zeros)
 def zeros_like(like):
     return np.zeros(WIDTH, precision(like))
@@ -384,8 +389,8 @@ def end_of_round():
 
 
 @twin(_memory.await_oldest)
-def await_oldest(like):
-    rounds, under_way = _copies(), _memory.RING // (32 * WIDTH * dtype_of(like).itemsize) - 1
+def await_oldest(like, capacity):
+    rounds, under_way = _copies(), int(capacity) // (32 * WIDTH * dtype_of(like).itemsize) - 1
     while len(rounds) - 1 > under_way:
         for ring, offset, source in rounds.pop(0):
             ring[offset : offset + 16] = 0

@@ -30,7 +30,6 @@ from .._typed import compute_zero, item_size, key_value, number, row_frame, shif
 from .._vector import most_bits_of
 from ._launch import cuda, device
 from ._memory import (
-    RING,
     await_oldest,
     butterfly,
     copy_ahead,
@@ -346,6 +345,12 @@ def round_bytes(like):
 
 
 @device
+def rounds_in(like, capacity):
+    """Of a ring of so many bytes; float64 may have less than one there, and is not copied ahead then."""
+    return np.int32(capacity) // round_bytes(like)
+
+
+@device
 def copy_round(like, where, task, at, left, size, room):
     """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on (this thread's
     first load), have not been asked for. Gives (task, at, left) for the round after it."""
@@ -367,10 +372,10 @@ def copy_round(like, where, task, at, left, size, room):
 
 
 @device
-def next_round(like, where, ring):
+def next_round(like, where, ring, capacity):
     """This thread's places for the round after that at `where`, in a ring that begins at `ring` for it."""
     where = np.int32(where + round_bytes(like))
-    return where if where < np.int32(ring + RING) else ring
+    return where if where < np.int32(ring + capacity) else ring
 
 
 def clip_of(like, low):
@@ -430,7 +435,7 @@ def _exponent_word(like, top, low, m):
 
 
 @device
-def sum_apart(like, stride, size, room, ring):
+def sum_apart(like, stride, size, room, ring, capacity):
     """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
     guess = NO_GUESS
     for i in range(size):
@@ -444,13 +449,13 @@ def sum_apart(like, stride, size, room, ring):
 
 
 @device
-def sum_stream(like, stride, size, room, ring):
+def sum_stream(like, stride, size, room, ring, capacity):
     """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
     wait for a sum. One that its guess does not fit is summed again from memory."""
     task, at, left, where, guess = np.int32(-1), np.int64(0), np.int32(0), ring, NO_GUESS
-    for _ in range(RING // round_bytes(like)):
+    for _ in range(rounds_in(like, capacity)):
         task, at, left = copy_round(like, where, task, at, left, size, room)
-        where = next_round(like, where, ring)
+        where = next_round(like, where, ring, capacity)
     for i in range(size):
         address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
         if address != 0:
@@ -458,7 +463,7 @@ def sum_stream(like, stride, size, room, ring):
             end, skip = np.int32(begin + classes), skip_position(float_bits(room[1, i]), classes, begin)
             ref = guess
             if ref != ref:
-                await_oldest(like)
+                await_oldest(like, capacity)
                 head = ring_step(like, where, np.int32(0), begin, end, skip, WARP)
                 ref = exponent_32(team_largest(head, WARP))
             m, low = frame_32(ref, BIAS)
@@ -471,32 +476,32 @@ def sum_stream(like, stride, size, room, ring):
                 if p < begin:
                     stop = np.int32(0)
                 while p < stop:
-                    await_oldest(like)
+                    await_oldest(like, capacity)
                     total, best = add_round(like, where, clip, low, m, total, best)
                     task, at, left = copy_round(like, where, task, at, left, size, room)
-                    where, p = next_round(like, where, ring), np.int32(p + LANES)
+                    where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
                 if p < min(end, np.int32(CHUNK)):
-                    await_oldest(like)
+                    await_oldest(like, capacity)
                     x = ring_step(like, where, p, begin, end, skip, WARP)
                     total, top = add_step(x, low, m, total, top)
                     task, at, left = copy_round(like, where, task, at, left, size, room)
-                    where, p = next_round(like, where, ring), np.int32(p + LANES)
+                    where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
             if end > CHUNK:  # eight lanes at most
                 low_half, high_half = halves(total)
                 first, second = halves(low_half)
-                await_oldest(like)
+                await_oldest(like, capacity)
                 x = ring_step(like, where, p, begin, end, skip, WARP)
                 first, top = add_step(halves(halves(x)[0])[0], low, m, first, top)
                 total = join(join(first, second), high_half)
                 task, at, left = copy_round(like, where, task, at, left, size, room)
-                where = next_round(like, where, ring)
+                where = next_round(like, where, ring, capacity)
             top = max(top, exponent_word(like, best, low, m))
             s, n = fold_lanes(like, total, WARP), bits_float(np.int32(warp_max(top))) - m
             if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
                 guess = n - MARGIN
     cuda.syncwarp()
-    sum_apart(like, stride, size, room, ring)
+    sum_apart(like, stride, size, room, ring, capacity)
 
 
 @device
@@ -507,17 +512,17 @@ def put_sum(room, i, s, c):
         room[0, i], room[1, i], room[2, i] = s, c, 0.0
 
 
-def sum_chunks(like, stride, size, room, ring):
+def sum_chunks(like, stride, size, room, ring, capacity):
     """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
     of 0 is no chunk. `stride` is an int32 where classes lie side by side."""
     ahead = isinstance(stride, np.int32) and not isinstance(like, float)
-    return (sum_stream if ahead else sum_apart)(like, int(stride), size, room, ring)
+    return (sum_stream if ahead else sum_apart)(like, int(stride), size, room, ring, capacity)
 
 
 @overload(sum_chunks)
-def _sum_chunks(like, stride, size, room, ring):
+def _sum_chunks(like, stride, size, room, ring, capacity):
     if like != types.float64 and stride == types.int32:
-        return lambda like, stride, size, room, ring: sum_stream(like, np.int64(item_size(like)), size, room, ring)
+        return lambda like, stride, size, room, ring, capacity: sum_stream(like, np.int64(item_size(like)), size, room, ring, capacity)
     if stride == types.int32:
-        return lambda like, stride, size, room, ring: sum_apart(like, np.int64(item_size(like)), size, room, ring)
-    return lambda like, stride, size, room, ring: sum_apart(like, stride, size, room, ring)
+        return lambda like, stride, size, room, ring, capacity: sum_apart(like, np.int64(item_size(like)), size, room, ring, capacity)
+    return lambda like, stride, size, room, ring, capacity: sum_apart(like, stride, size, room, ring, capacity)

@@ -166,6 +166,17 @@ def _anew(builder, x):
     return builder.call(ir.InlineAsm(kind, "mov.b64 $0, $1;", "=l,l", side_effect=True), [x])
 
 
+@intrinsic
+def thread_anew(typingctx):
+    """cuda.threadIdx.x, read again: or what is made of it occupies registers all through a kernel."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(_I32, [])
+        return builder.call(ir.InlineAsm(kind, "mov.u32 $0, %tid.x;", "=r", side_effect=True), [])
+
+    return types.int32(), codegen
+
+
 def _step(builder, address, stride, count):
     return builder.add(address, builder.mul(stride, ir.Constant(_I64, count)))
 
@@ -335,6 +346,7 @@ def _words(builder, v):
 
 
 RING = 8192  # bytes of a warp's ring: four rounds of 16-bit logits, two of float32, one of float64
+GRAD_RING = 4096  # the same where a block has more warps
 RING_ITEMS = RING // 8
 APART = 512  # bytes from one load of a thread to its next in the ring
 
@@ -410,15 +422,16 @@ def end_of_round(typingctx):
 
 
 @intrinsic
-def await_oldest(typingctx, like):
-    """Wait until of this thread's rounds all but as many as a ring holds less one have been copied."""
-    under_way = RING // (32 * WIDTH * (like.bitwidth // 8)) - 1
+def await_oldest(typingctx, like, capacity):
+    """Wait until of this thread's rounds all but as many as a ring of `capacity` bytes holds less one have been copied."""
 
     def codegen(context, builder, sig, args):
-        _assembly(builder, f"cp.async.wait_group {under_way};")
+        for size in {RING, GRAD_RING}:  # a number of the instruction; the compiler knows the capacity
+            with builder.if_then(builder.icmp_signed("==", args[1], _c32(size))):
+                _assembly(builder, f"cp.async.wait_group {size // (32 * WIDTH * (like.bitwidth // 8)) - 1};")
         return context.get_dummy_value()
 
-    return types.void(like), codegen
+    return types.void(like, types.int32), codegen
 
 
 @intrinsic
@@ -492,6 +505,16 @@ def larger_of_pair(typingctx, like, pair):
     return types.float32(like, types.int32), codegen
 
 
+def _store_words(builder, address, words):
+    """Two or four words side by side, which the caches may forget first: logits that are read again stay there."""
+    count = len(words)
+    if on_cuda(builder):
+        code = f"st.global.cs.v{count}.b32 [$0], {{{', '.join(f'${i + 1}' for i in range(count))}}};"
+        return _assembly(builder, code, ",".join(["l"] + ["r"] * count), [address, *words])
+    kind = ir.VectorType(_I32, count)
+    return builder.store(_pack(builder, words, kind), _pointer(builder, address, kind), align=4 * count)
+
+
 @intrinsic
 def store_part(typingctx, like, like_out, address, stride, position, begin, end, v):
     """Write a Vector that load_part gave a thread of a warp, rounded to the type of `like_out`: items `stride` bytes
@@ -523,10 +546,7 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
                     for k in range(0, n * size // 4, 4):
                         count = min(4, n * size // 4)
                         some = [builder.extract_element(words, _c32(k + i)) for i in range(count)]
-                        pointer = _pointer(
-                            builder, builder.add(where, ir.Constant(_I64, 4 * k)), ir.VectorType(_I32, count)
-                        )
-                        builder.store(_pack(builder, some, ir.VectorType(_I32, count)), pointer, align=4 * count)
+                        _store_words(builder, builder.add(where, ir.Constant(_I64, 4 * k)), some)
                 with part:
                     for k in range(n):
                         here = builder.add(first, _c32(k))

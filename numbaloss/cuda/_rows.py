@@ -20,11 +20,12 @@ from ._chunks import (
     first_position,
     guess_after,
     load_step,
+    sum_chunks,
     warp_max,
     warp_sum,
 )
 from ._launch import cuda, device
-from ._memory import count_larger, load
+from ._memory import count_larger, load, thread_anew
 from ._operands import item_place
 
 PARTS = 256  # chunks that a team joins at a time
@@ -36,9 +37,9 @@ ALL = 0xFFFFFFFF
 def team_of(classes):
     """(number of this thread's team, its warp in the team, warps of the team): a row of one chunk has a warp, others a
     block."""
-    warp = np.int64(cuda.threadIdx.x >> 5)
+    warp = np.int64(thread_anew() >> 5)
     if classes <= CHUNK:
-        return np.int64(cuda.blockIdx.x) * TEAMS + warp, np.int64(0), np.int64(1)
+        return np.int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + warp, np.int64(0), np.int64(1)
     return np.int64(cuda.blockIdx.x), warp, np.int64(cuda.blockDim.x >> 5)
 
 
@@ -87,26 +88,41 @@ def join_parts(room, count, s, c):
 
 
 @device
-def row_sum(like, rows, address, skip, room):
-    """(s, c) of a whole row but for the class `skip`, for every thread of its team: its chunks, left to right."""
-    stride, classes = class_stride(like, rows), rows[5]
-    _, warp, warps = team_of(classes)
-    chunks, first, guess = np.int32((classes + CHUNK - 1) // CHUNK), np.int32(0), NO_GUESS
-    while first < chunks:
-        count, k = min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1)
-        while k < count:
-            begin = np.int64(first + k - 1) * CHUNK
-            size = np.int32(min(np.int64(CHUNK), classes - begin))
-            s, c = chunk_sum(like, address + begin * stride, stride, size, skip - begin, guess)
-            if warps == 1:
-                return s, c
-            if cuda.laneid == 0:
-                room[0, k], room[1, k] = s, c
-            guess = guess_after(c)
-            k = np.int32(k + warps)
+def row_sum(like, rows, note, room, tasks, ring, capacity):
+    """(s, c) of the whole row note[:2] = (address, skip) but for the class `skip`, for every thread of its team: its
+    chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, 32) float64, and a ring. A team has as
+    many warps as the row has chunks, PARTS / 32 at most. note[4] holds a number meanwhile."""
+    lane, classes, first = np.int32(cuda.laneid), rows[5], np.int32(0)
+    while np.int64(first) * CHUNK < classes:
+        count, k = parts_from(first, classes)
+        if k < count:
+            address, skip, begin = float_bits(note[0]), float_bits(note[1]), np.int64(first + k - 1) * CHUNK
+            tasks[0, lane] = bits_float(address + begin * class_stride(like, rows))
+            tasks[1, lane] = bits_float(skip - begin)
+            tasks[2, lane] = bits_float(min(np.int64(CHUNK), classes - begin))
+        if lane == 0:
+            note[4] = bits_float(np.int64(first if classes > CHUNK else -1))
+        cuda.syncwarp()
+        _, warp, warps = team_of(classes)
+        sum_chunks(like, rows[4], np.int32((count - 2 - warp + warps) // warps), tasks, ring, capacity)
+        cuda.syncwarp()
+        first = np.int32(float_bits(note[4]))
+        if first < 0:
+            return tasks[0, 0], tasks[1, 0]
+        count, k = parts_from(first, classes)
+        if k < count:
+            room[0, k], room[1, k] = tasks[0, lane], tasks[1, lane]
         join_round(room, first, count)
         first = np.int32(first + PARTS - 1)
     return joined(room)
+
+
+@device
+def parts_from(first, classes):
+    """(end of room where the chunks of a row from `first` on go, this thread's place there)."""
+    _, warp, warps = team_of(classes)
+    chunks = np.int32((classes + CHUNK - 1) // CHUNK)
+    return min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1 + cuda.laneid * warps)
 
 
 @device

@@ -11,10 +11,10 @@ from numba import types
 from .._intrinsics import bits_float, float_bits
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
-from ._chunks import WARP, copy_row, first_position, load_step, next_round, round_bytes, round_sum, sum_chunks
+from ._chunks import WARP, copy_row, first_position, load_step, next_round, round_sum, rounds_in, sum_chunks
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import RING, RING_ITEMS, await_oldest, fill, load, shared_address, store, store_item, store_part
+from ._memory import GRAD_RING, RING, RING_ITEMS, await_oldest, fill, load, shared_address, store, store_item, store_part, thread_anew
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
@@ -35,11 +35,11 @@ THREADS = 32 * TEAMS
 SHORT_RESIDENT, RESIDENT = 20, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
 
 
-def teams(items, classes):
-    """(blocks, threads) for a team a row."""
+def teams(items, classes, warps=TEAMS):
+    """(blocks, threads) for a team a row, of at most `warps`."""
     if classes <= CHUNK:
-        return -(-items // TEAMS), THREADS
-    return items, 32 * min(TEAMS, -(-classes // CHUNK))
+        return -(-items // warps), 32 * warps
+    return items, 32 * min(warps, -(-classes // CHUNK))
 
 
 def round_team(like, rows):
@@ -48,6 +48,10 @@ def round_team(like, rows):
     aligned = stride != like.itemsize or (base | outer_stride | inner_stride) % 16 == 0
     needed = classes if aligned else classes + 16 // like.itemsize - 1
     return 8 if needed <= 256 else 16 if needed <= 512 else 32 if needed <= 1024 else 0
+
+
+GRAD_TEAMS = 8
+GRAD_RING_ITEMS = GRAD_TEAMS * GRAD_RING // 8
 
 
 @device
@@ -152,17 +156,17 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
     at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
     ahead, where = i, ring
     if stride == item_size(like):
-        for _ in range(RING // round_bytes(like)):
+        for _ in range(rounds_in(like, RING)):
             address, classes = row_in(room, ahead, size)
             copy_row(like, address, classes, where, team)
-            ahead, where = np.int32(ahead + at_once), next_round(like, where, ring)
+            ahead, where = np.int32(ahead + at_once), next_round(like, where, ring, RING)
     while done < size:
         address, classes = row_in(room, i, size)
         y = np.int64(-1)
         if i < size:
             y = float_bits(room[1, i])
         if stride == item_size(like):
-            await_oldest(like)
+            await_oldest(like, RING)
         s, c = round_sum(like, address, stride, classes, y, team, where)
         if stride == item_size(like):
             address, classes = row_in(room, ahead, size)
@@ -170,7 +174,7 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
         if i < size and cuda.laneid & (team - 1) == 0:
             room[0, i], room[1, i] = s, c
         i, done = np.int32(i + at_once), np.int32(done + at_once)
-        ahead, where = np.int32(ahead + at_once), next_round(like, where, ring)
+        ahead, where = np.int32(ahead + at_once), next_round(like, where, ring, RING)
     finish(like, loss, first, size, room)
 
 
@@ -192,7 +196,7 @@ def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
     first = np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
     look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
-    sum_chunks(like, rows[4], size, room, ring)
+    sum_chunks(like, rows[4], size, room, ring, RING)
     finish(like, loss, first, size, room)
 
 
@@ -204,7 +208,7 @@ def _chunk_sums(items, group, like, rows, labels, weights, ignore_index, parts):
     first = np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
     look_up(like, rows, first, size, (rows[5] + CHUNK - 1) // CHUNK, labels, weights, ignore_index, room)
-    sum_chunks(like, rows[4], size, room, ring)
+    sum_chunks(like, rows[4], size, room, ring, RING)
     cuda.syncwarp()
     if cuda.laneid < size:
         at, i = parts + (first + cuda.laneid) * 16, np.int32(cuda.laneid)
@@ -241,7 +245,8 @@ def sparse_xent_grad(work, items, like, rows, labels, weights, ignore_index, sca
     """As sparse_xent, and row r of `grad_rows` = d(scale[r] * loss[r]) / d(row r), which may be the logits' memory."""
     rows, grad_rows = with_known_stride(like, rows), with_known_stride(like_grad, grad_rows)
     arguments = operand(labels), operand(weights), ignore_index, address(scale), address(loss), like_grad, grad_rows
-    return launch(_sparse_xent_grad.of(like), *teams(items, rows[5]), loss, items, like, rows, *arguments)
+    blocks, threads = teams(items, rows[5], GRAD_TEAMS)
+    return launch(_sparse_xent_grad.of(like), blocks, threads, loss, items, like, rows, *arguments)
 
 
 @device
@@ -249,27 +254,54 @@ def frame_of(zero, like_grad, s, c, x, scale):
     return grad_frame(zero, like_grad, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
 
 
-@kernel(THREADS, 3, 3, 2)
+@kernel(32 * GRAD_TEAMS, 2, 2, 1)
 def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
-    """A team sums a row, reads it again from the caches and writes its gradient; one thread writes the target's."""
-    room = cuda.shared.array((3, PARTS), types.float64)
-    r, warp, warps = team_of(rows[5])
+    """A team sums a row, reads it again from the caches and writes its gradient; one thread writes the target's. Two
+    rows of 128K classes in 16 bits on each multiprocessor are what the second-level cache holds."""
+    room, tasks = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array((GRAD_TEAMS, 3, 32), types.float64)
+    ring = cuda.shared.array(GRAD_RING_ITEMS, types.float64, 16)
+    notes, mine = cuda.shared.array((GRAD_TEAMS, 6), types.float64), np.int32(thread_anew() >> 5)
+    note = notes[mine]  # (address, label, target, row, ..., entry) of a warp's row: registers are for the sum
+    r, _, _ = team_of(rows[5])
     if r >= items:
         return
-    first, out = warp == 0 and cuda.laneid == 0, row_address(grad_rows, r)
-    at = loss + r * item_size(compute_zero(like))
     address, y = row_of(like, rows, r, labels, weights, ignore_index)
-    x = target_of(like, rows, address, y)
-    zero = compute_zero(like)
-    m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
+    zero, x = compute_zero(like), target_of(like, rows, address, y)
+    if cuda.laneid == 0:
+        note[0], note[1], note[2], note[3] = bits_float(address), bits_float(y), x, bits_float(r)
+    cuda.syncwarp()
+    s, c = 0.0, -np.inf
     if address != 0:
-        s, c = row_sum(like, rows, address, y, room)
+        first = np.int32(shared_address(ring) + mine * GRAD_RING + cuda.laneid * 16)
+        s, c = row_sum(like, rows, note, room, tasks[mine], first, GRAD_RING)
+    note = notes[thread_anew() >> 5]
+    address, x, r = float_bits(note[0]), note[2], float_bits(note[3])
+    m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
+    value = number(like, x)
+    if address != 0:
         m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, load(0.0, scale + r * 8))
-        if first:
-            store(at, loss_of(like, s, c, x))
-    elif first:
-        store(at, number(like, x))
-    stride, grad_stride = class_stride(like, rows), class_stride(like_grad, grad_rows)
+        value = loss_of(like, s, c, x)
+    _, warp, _ = team_of(rows[5])
+    if warp == 0 and cuda.laneid == 0:
+        note[5] = np.float64(entry)
+        store(loss + r * item_size(zero), value)
+    write_grad(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, number(like, x))
+    note = notes[thread_anew() >> 5]
+    if float_bits(note[0]) != 0:
+        _, warp, warps = team_of(rows[5])
+        if warps > 1:
+            cuda.syncthreads()
+        cuda.syncwarp()
+        if warp == 0 and cuda.laneid == 0:
+            to = row_address(grad_rows, float_bits(note[3])) + float_bits(note[1]) * class_stride(like_grad, grad_rows)
+            store_item(like_grad, to, number(like, note[5]))
+
+
+@device
+def write_grad(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, otherwise):
+    """The gradient of a row by its team, as if it had no target; `otherwise` for an address of 0."""
+    _, warp, warps = team_of(rows[5])
+    stride, grad_stride, out = class_stride(like, rows), class_stride(like_grad, grad_rows), row_address(grad_rows, r)
     base, begin = first_position(like, address, stride)
     end, p = begin + rows[5], np.int64(warp) * LANES
     while p < end:
@@ -277,18 +309,15 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         before = np.int32(begin) if p == 0 else np.int32(0)
         position = np.int32(cuda.laneid * (16 // item_size(like)))
         to = out + (p - begin + position) * grad_stride
-        g = fill(like, number(like, x))
+        g = fill(like, otherwise)
         if address != 0:
             v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
-            g = grad_of(v - shift, m, low, factor)
+            if shift == compute_zero(like):
+                g = grad_of(v, m, low, factor)
+            else:
+                g = grad_of(v - shift, m, low, factor)
         store_part(like, like_grad, to, grad_stride, position, before, near, g)
         p += warps * LANES
-    if address != 0:
-        if warps > 1:
-            cuda.syncthreads()
-        cuda.syncwarp()
-        if first:
-            store_item(like_grad, out + y * grad_stride, entry)
 
 
 # -- few classes -------------------------------------------------------------------------------------------------
