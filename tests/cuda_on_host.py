@@ -237,6 +237,11 @@ def atomic_add(address, value):
     return before
 
 
+@twin(_memory.anew)
+def anew(x):
+    return x
+
+
 @twin(_memory.thread_anew, needs_cuda=True)
 def thread_anew(cuda):
     return lambda: np.int32(cuda.threadIdx.x)

@@ -167,6 +167,12 @@ def _anew(builder, x):
 
 
 @intrinsic
+def anew(typingctx, x):
+    """The int64 x, and the compiler does not know: what is made of it is made again."""
+    return types.int64(types.int64), lambda context, builder, sig, args: _anew(builder, args[0])
+
+
+@intrinsic
 def thread_anew(typingctx):
     """cuda.threadIdx.x, read again: or what is made of it occupies registers all through a kernel."""
 
@@ -534,28 +540,36 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
         lies_well = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, align - 1)), ir.Constant(_I64, 0))
         together = builder.and_(close, lies_well)
         step = _anew(builder, stride)
-        for g in range(0, WIDTH, n):
-            first = builder.add(position, _c32(g * 32))
-            last = builder.add(first, _c32(n))
-            inside = builder.and_(builder.icmp_signed(">=", first, begin), builder.icmp_signed("<=", last, end))
-            with builder.if_else(builder.and_(together, inside)) as (whole, part):
-                with whole:
-                    where = builder.add(address, ir.Constant(_I64, g * 32 * size))
-                    packed = _pack(builder, items[g : g + n], ir.VectorType(_item(like_out), n))
-                    words = builder.bitcast(packed, ir.VectorType(_I32, n * size // 4))
-                    for k in range(0, n * size // 4, 4):
-                        count = min(4, n * size // 4)
-                        some = [builder.extract_element(words, _c32(k + i)) for i in range(count)]
-                        _store_words(builder, builder.add(where, ir.Constant(_I64, 4 * k)), some)
-                with part:
-                    for k in range(n):
-                        here = builder.add(first, _c32(k))
-                        inside = builder.and_(
-                            builder.icmp_signed(">=", here, begin), builder.icmp_signed("<", here, end)
-                        )
-                        with builder.if_then(inside):
-                            pointer = _pointer(builder, _step(builder, address, step, g * 32 + k), _item(like_out))
-                            builder.store(items[g + k], pointer, align=size)
+
+        def is_inside(first, last):
+            not_before = builder.icmp_signed(">=", builder.add(position, _c32(first)), begin)
+            return builder.and_(not_before, builder.icmp_signed("<=", builder.add(position, _c32(last)), end))
+
+        def store_load(g):
+            where = builder.add(address, ir.Constant(_I64, g * 32 * size))
+            packed = _pack(builder, items[g : g + n], ir.VectorType(_item(like_out), n))
+            words = _items(builder, builder.bitcast(packed, ir.VectorType(_I32, n * size // 4)))
+            for k in range(0, len(words), 4):
+                _store_words(builder, builder.add(where, ir.Constant(_I64, 4 * k)), words[k : k + 4])
+
+        def store_items(g):
+            for k in range(n):
+                with builder.if_then(is_inside(g * 32 + k, g * 32 + k + 1)):
+                    pointer = _pointer(builder, _step(builder, address, step, g * 32 + k), _item(like_out))
+                    builder.store(items[g + k], pointer, align=size)
+
+        all_inside = is_inside(0, (WIDTH - n) * 32 + n)
+        with builder.if_else(builder.and_(together, all_inside)) as (whole, parts):
+            with whole:
+                for g in range(0, WIDTH, n):
+                    store_load(g)
+            with parts:
+                for g in range(0, WIDTH, n):
+                    with builder.if_else(builder.and_(together, is_inside(g * 32, g * 32 + n))) as (load, single):
+                        with load:
+                            store_load(g)
+                        with single:
+                            store_items(g)
         return context.get_dummy_value()
 
     i64, i32 = types.int64, types.int32

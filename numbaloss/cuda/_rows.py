@@ -25,7 +25,7 @@ from ._chunks import (
     warp_sum,
 )
 from ._launch import cuda, device
-from ._memory import count_larger, load, thread_anew
+from ._memory import anew, count_larger, load, thread_anew
 from ._operands import item_place
 
 PARTS = 256  # chunks that a team joins at a time
@@ -38,7 +38,7 @@ def team_of(classes):
     """(number of this thread's team, its warp in the team, warps of the team): a row of one chunk has a warp, others a
     block."""
     warp = np.int64(thread_anew() >> 5)
-    if classes <= CHUNK:
+    if anew(classes) <= CHUNK:
         return np.int64(cuda.blockIdx.x) * (cuda.blockDim.x >> 5) + warp, np.int64(0), np.int64(1)
     return np.int64(cuda.blockIdx.x), warp, np.int64(cuda.blockDim.x >> 5)
 
