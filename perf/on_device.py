@@ -19,6 +19,7 @@ import sys
 import time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -63,20 +64,21 @@ def pytest_command(report, name, *more):
         "-m",
         "pytest",
         "-q",
+        "-o",
+        "addopts=",
         "-p",
         "no:cacheprovider",
-        "-p",
-        "no:xdist",
         f"--junitxml={path}",
         *more,
     ], path
 
 
 def run_checks(report, seconds):
-    """The tests of the CUDA backend, on this device."""
-    command, path = pytest_command(report, "checks", *map(str, CHECKS))
+    """The tests of the CUDA backend, on this device, in as many processes as there are cores."""
+    workers = ["-n", str(os.cpu_count()), "--dist", "worksteal"] if find_spec("xdist") else []
+    command, path = pytest_command(report, "checks", *workers, *map(str, CHECKS))
     with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, timeout=seconds)
+        subprocess.run(command, timeout=seconds, env={**os.environ, "NUMBA_NUM_THREADS": "4"})
     try:
         suite = ElementTree.parse(path).find("testsuite")
     except (OSError, ElementTree.ParseError) as error:

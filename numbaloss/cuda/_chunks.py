@@ -379,7 +379,7 @@ def next_round(like, where, ring, capacity):
 
 
 def clip_of(like, low):
-    """What add_round needs of `low`: for 16 bits, a pair of logits (see pair_above), or 0 if these are too coarse there."""
+    """What add_round needs of `low`: for 16 bits a pair of logits (see pair_above), 0 where these lie far apart."""
     if isinstance(like, np.float32):
         return np.int32(1)
     return pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
@@ -522,7 +522,11 @@ def sum_chunks(like, stride, size, room, ring, capacity):
 @overload(sum_chunks)
 def _sum_chunks(like, stride, size, room, ring, capacity):
     if like != types.float64 and stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity: sum_stream(like, np.int64(item_size(like)), size, room, ring, capacity)
+        return lambda like, stride, size, room, ring, capacity: sum_stream(
+            like, np.int64(item_size(like)), size, room, ring, capacity
+        )
     if stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity: sum_apart(like, np.int64(item_size(like)), size, room, ring, capacity)
+        return lambda like, stride, size, room, ring, capacity: sum_apart(
+            like, np.int64(item_size(like)), size, room, ring, capacity
+        )
     return lambda like, stride, size, room, ring, capacity: sum_apart(like, stride, size, room, ring, capacity)

@@ -348,7 +348,7 @@ def _words(builder, v):
     return _items(builder, builder.bitcast(v, ir.VectorType(_I32, 4)))
 
 
-# -- ahead of time: a ring of rounds in shared memory, which the copy engine fills while a warp computes -----------------
+# -- ahead of time: a ring of rounds in shared memory that is filled while a warp computes -----------------------------
 
 
 RING = 8192  # bytes of a warp's ring: four rounds of 16-bit logits, two of float32, one of float64
@@ -429,7 +429,7 @@ def end_of_round(typingctx):
 
 @intrinsic
 def await_oldest(typingctx, like, capacity):
-    """Wait until of this thread's rounds all but as many as a ring of `capacity` bytes holds less one have been copied."""
+    """Wait for the oldest of this thread's rounds, of as many as a ring of `capacity` bytes holds."""
 
     def codegen(context, builder, sig, args):
         for size in {RING, GRAD_RING}:  # a number of the instruction; the compiler knows the capacity

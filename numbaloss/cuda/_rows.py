@@ -18,7 +18,6 @@ from ._chunks import (
     chunk_moment,
     chunk_sum,
     first_position,
-    guess_after,
     load_step,
     sum_chunks,
     warp_max,

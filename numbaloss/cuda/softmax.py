@@ -14,7 +14,19 @@ from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softm
 from ._chunks import WARP, copy_row, first_position, load_step, next_round, round_sum, rounds_in, sum_chunks
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
-from ._memory import GRAD_RING, RING, RING_ITEMS, await_oldest, fill, load, shared_address, store, store_item, store_part, thread_anew
+from ._memory import (
+    GRAD_RING,
+    RING,
+    RING_ITEMS,
+    await_oldest,
+    fill,
+    load,
+    shared_address,
+    store,
+    store_item,
+    store_part,
+    thread_anew,
+)
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
