@@ -188,6 +188,37 @@ def test_unaligned_rows(dtype, offset):
         check(none, x, y)
 
 
+@pytest.mark.parametrize("classes", [300, 1100, 9000])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rows_in_a_stream(dtype, classes):
+    """Rows that do not count between others, at the beginning and at the end, and rows whose exponents no guess by the
+    row before fits: all are copied and summed one after the other."""
+    x, y = make_logits(70, classes, dtype), make_labels(70, classes)
+    x[7] += 60
+    x[8] -= 60
+    x[9, 5], x[11, 3], x[12, classes - 1] = NAN, INF, INF
+    x[10], x[13, classes // 2 :], x[14, ::2] = -INF, -INF, -INF
+    for k in (0, 1, 20, 21, 22, 23, 24, 25, 40, 69):
+        y[k] = -100
+    y[30] = classes
+    check(none, x[:40], y[:40])
+    check(none, x, y)
+    check(none, x[:5, 1:], np.array([-100, -100, 3, -100, 1]))
+
+
+@pytest.mark.parametrize("scale", [1, 50, 400, 3000, 1e7])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
+def test_16_bits_far_apart(dtype, scale):
+    """[3] Logits with steps of 1 and more, which cannot be clipped by a logit, and logits far from 0."""
+    shifts = (-300, -255, -200, 0, 180, 255, 300) if scale == 1 else (0,)
+    for shift in shifts:
+        x = (make_logits(4, 9001, np.float32) * np.float32(scale / 4) + np.float32(shift)).astype(dtype)
+        x[0, ::2], x[1], x[2] = -INF, abs(x[1]), -abs(x[2])
+        y = make_labels(4, 9001)
+        y[2:] = x[2:].astype(np.float32).argmax(1)
+        check(none, x, y)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("unaligned", "big-endian", "read-only")])
 def test_layouts(layout):
     """[12] CuPy views; inputs are not written."""

@@ -184,6 +184,36 @@ MUTANTS = {
         "    return np.int32(-1)",
         "test_cuda.py::test_classes[129-float32]",
     ),
+    "CUDA: a round that is not waited for": (
+        "cuda/_chunks.py",
+        "                    await_oldest(like, capacity)\n                    total, best",
+        "                    total, best",
+        "test_cuda.py::test_classes[2049-float32]",
+    ),
+    "CUDA: a ring of one round": (
+        "cuda/_chunks.py",
+        "return where if where < np.int32(ring + capacity) else ring",
+        "return ring",
+        "test_cuda.py::test_classes[2049-float32]",
+    ),
+    "CUDA: bytes of the row after it": (
+        "cuda/_chunks.py",
+        "    if end - p < 32 * team:\n        v = hide_from",
+        "    if end - p < 0:\n        v = hide_from",
+        "test_cuda.py::test_classes[1025-float32]",
+    ),
+    "CUDA: 16-bit logits that are clipped to the largest": (
+        "cuda/_chunks.py",
+        "CLIP_LIMIT = f32(256)",
+        "CLIP_LIMIT = f32(2**30)",
+        "test_cuda.py::test_16_bits_far_apart",
+    ),
+    "CUDA: rows that do not count are copied": (
+        "cuda/_chunks.py",
+        "            while task < size and float_bits(room[0, task]) == 0:",
+        "            while task < size and float_bits(room[0, task]) == 1:",
+        "test_cuda.py::test_rows_in_a_stream[1100-float32]",
+    ),
     "CUDA: a row index in 32 bits": (
         "cuda/_operands.py",
         "(r - outer * inner) * inner_stride",
@@ -222,8 +252,8 @@ MUTANTS = {
     ),
     "CUDA: the target's entry is that of another class": (
         "cuda/softmax.py",
-        "            store_item(like_grad, out + y * grad_stride, entry)",
-        "            store_item(like_grad, out + y * grad_stride, factor)",
+        "store_item(like_grad, to, number(like, note[5]))",
+        "store_item(like_grad, to, number(like, note[2]))",
         "test_cuda.py::test_gradients[130-float32]",
     ),
     "the target's entry of a gradient by cancellation": (
