@@ -87,6 +87,19 @@ def join_parts(room, count, s, c):
 
 
 @device
+def join_few(room, k, end):
+    """As join_parts, of room[:2, k], ..., room[:2, end - 1] by one thread, which overwrites nothing."""
+    s, c = 0.0, -np.inf
+    while k < end:
+        part, c2 = room[0, k], room[1, k]
+        weight = exp_64(min(c, c2) - max(c, c2))
+        large, small = (s, part) if c >= c2 else (part, s)
+        s = fma(small, weight, large) if small != 0.0 else large
+        c, k = max(c, c2), np.int32(k + 1)
+    return s, c
+
+
+@device
 def row_sum(like, rows, note, room, tasks, ring, capacity):
     """(s, c) of the whole row note[:2] = (address, skip) but for the class `skip`, for every thread of its team: its
     chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, 32) float64, and a ring. A team has as

@@ -7,20 +7,36 @@ of logits, `items` that of rows. Kernels return nothing: where the CPU's count l
 import cupy
 import numpy as np
 from numba import types
+from numba.extending import overload
 
 from .._intrinsics import bits_float, float_bits
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
-from ._chunks import WARP, copy_row, first_position, load_step, next_round, round_sum, rounds_in, sum_chunks
+from ._chunks import (
+    WARP,
+    copy_row,
+    first_position,
+    load_step,
+    next_round,
+    round_bytes,
+    round_sum,
+    rounds_in,
+    sum_chunks,
+)
 from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
 from ._launch import cuda, device, kept, kernel, launch, processors
 from ._memory import (
     GRAD_RING,
     RING,
     RING_ITEMS,
+    anew,
     await_oldest,
+    copy_ahead,
+    copy_ahead_part,
+    end_of_round,
     fill,
     load,
+    load_ring,
     shared_address,
     store,
     store_item,
@@ -33,6 +49,7 @@ from ._rows import (
     TEAMS,
     class_stride,
     first_nan,
+    join_few,
     join_parts,
     leave_largest_out,
     row_address,
@@ -80,25 +97,26 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range."""
     rows = with_known_stride(like, rows)
     arguments = like, rows, operand(labels), operand(weights), ignore_index
-    team = round_team(like, rows)
+    team, chunks = round_team(like, rows), -(-rows[5] // CHUNK)
     if team:
-        blocks, group = warps_for(items, SHORT_RESIDENT * processors(loss), 32 // team)
+        blocks, group = warps_for(items, 1, SHORT_RESIDENT * processors(loss), 32 // team)
         return launch(_short_sparse_xent.of(like), blocks, 32, loss, items, group, team, *arguments, address(loss))
-    chunks = -(-rows[5] // CHUNK)
-    tasks = items * chunks
-    blocks, group = warps_for(tasks, RESIDENT * processors(loss), 1)
-    if chunks == 1:
+    resident = RESIDENT * processors(loss)
+    blocks, group = warps_for(items, chunks, resident)
+    more_blocks, parts_each = warps_for(items * chunks, 1, resident)
+    if chunks <= 32 and group * chunks <= parts_each + 1:  # a row is not worth a second kernel
         return launch(_sparse_xent.of(like), blocks, 32, loss, items, group, *arguments, address(loss))
-    parts = kept(cupy.empty((tasks, 2)))
-    launch(_chunk_sums.of(like), blocks, 32, loss, tasks, group, *arguments, address(parts))
+    parts = kept(cupy.empty((items * chunks, 2)))
+    launch(_chunk_sums.of(like), more_blocks, 32, loss, items * chunks, parts_each, *arguments, address(parts))
     return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
 
 
-def warps_for(tasks, resident, at_once):
-    """(blocks of a warp, tasks of each, 32 at most): whole waves of `resident` warps that have equally much to do."""
-    waves = -(-tasks // (32 * resident))
-    group = max(at_once, -(-tasks // max(1, waves * resident)))
-    return -(-tasks // group), group
+def warps_for(items, chunks, resident, at_once=1):
+    """(blocks of a warp, rows of each): whole waves of `resident` warps that have equally much to do, in chunks about
+    32."""
+    waves = max(1, -(-items * chunks // (32 * resident)))
+    group = max(at_once, -(-items // (waves * resident)))
+    return -(-items // group), group
 
 
 @device
@@ -122,7 +140,8 @@ def target_of(like, rows, address, y):
 
 @device
 def look_up(like, rows, first, size, chunks, labels, weights, ignore_index, room):
-    """room[:, i] of this warp = (address, label, classes, target) of chunk first + i, the label as it counts there."""
+    """room[:, i] of this warp = (address, label, classes, target) of chunk first + i, the label as it counts there, the
+    target with the first chunk of a row."""
     lane = np.int64(cuda.laneid)
     if lane < size:
         r, k = first + lane, np.int64(0)
@@ -130,7 +149,7 @@ def look_up(like, rows, first, size, chunks, labels, weights, ignore_index, room
             r = (first + lane) // chunks
             k = (first + lane - r * chunks) * CHUNK
         address, y = row_of(like, rows, r, labels, weights, ignore_index)
-        if chunks == 1:
+        if k == 0:
             room[3, lane] = target_of(like, rows, address, y)
         if address != 0:
             address, y = address + k * class_stride(like, rows), y - k
@@ -146,13 +165,16 @@ def thread_ring(ring):
 
 
 @device
-def finish(like, loss, first, size, room):
-    """loss[first + i] from room[:, i] of this warp = (s, c, ..., target)."""
+def finish(like, loss, first, size, chunks, room):
+    """loss[first + i] from room[:, i * chunks] ... of this warp = (s, c, ..., target), a thread a row."""
     cuda.syncwarp()
     if cuda.laneid < size:
-        i = np.int32(cuda.laneid)
-        at = loss + (first + i) * item_size(compute_zero(like))
-        store(at, loss_of(like, room[0, i], room[1, i], room[3, i]))
+        i = np.int32(cuda.laneid * chunks)
+        s, c = room[0, i], room[1, i]
+        if chunks > 1:
+            s, c = join_few(room, i, np.int32(i + chunks))
+        store(loss + (first + cuda.laneid) * item_size(compute_zero(like)), loss_of(like, s, c, room[3, i]))
+    cuda.syncwarp()
 
 
 @kernel(32, SHORT_RESIDENT, SHORT_RESIDENT, 8)
@@ -187,7 +209,7 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
             room[0, i], room[1, i] = s, c
         i, done = np.int32(i + at_once), np.int32(done + at_once)
         ahead, where = np.int32(ahead + at_once), next_round(like, where, ring, RING)
-    finish(like, loss, first, size, room)
+    finish(like, loss, first, size, 1, room)
 
 
 @device
@@ -201,15 +223,27 @@ def row_in(room, i, size):
 
 @kernel(32, RESIDENT, RESIDENT, 8)
 def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
-    """Rows of one chunk: a warp looks `group` of them up at once, sums one after the other, and takes the logarithms at
-    once."""
+    """A warp takes `group` rows of up to 32 chunks: it looks up to 32 chunks up at once, sums one after the other, and
+    then each of its threads joins the chunks of a row and takes the logarithm."""
     room = cuda.shared.array((4, 32), types.float64)
     ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
-    first = np.int64(cuda.blockIdx.x) * group
-    size = np.int32(min(group, items - first))
-    look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
-    sum_chunks(like, rows[4], size, room, ring, RING)
-    finish(like, loss, first, size, room)
+    done = np.int32(0)
+    while done < group:
+        first, size, chunks = rows_from(done, group, items, rows[5])
+        look_up(like, rows, first * chunks, size * chunks, chunks, labels, weights, ignore_index, room)
+        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
+        done = np.int32(anew(np.int64(done)))
+        first, size, chunks = rows_from(done, group, items, rows[5])
+        finish(like, loss, first, size, chunks, room)
+        done = np.int32(done + np.int32(32) // chunks)
+
+
+@device
+def rows_from(done, group, items, classes):
+    """(first row, rows, their chunks) that a warp sums at once, after it has summed `done` rows."""
+    chunks = np.int32((classes + CHUNK - 1) // CHUNK)
+    first = np.int64(cuda.blockIdx.x) * group + done
+    return first, np.int32(max(np.int64(0), min(np.int64(32) // chunks, group - done, items - first))), chunks
 
 
 @kernel(32, RESIDENT, RESIDENT, 8)
@@ -284,8 +318,8 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     cuda.syncwarp()
     s, c = 0.0, -np.inf
     if address != 0:
-        first = np.int32(shared_address(ring) + mine * GRAD_RING + cuda.laneid * 16)
-        s, c = row_sum(like, rows, note, room, tasks[mine], first, GRAD_RING)
+        at = np.int32(shared_address(ring) + mine * GRAD_RING + cuda.laneid * 16)
+        s, c = row_sum(like, rows, note, room, tasks[mine], at, GRAD_RING)
     note = notes[thread_anew() >> 5]
     address, x, r = float_bits(note[0]), note[2], float_bits(note[3])
     m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
@@ -297,7 +331,11 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     if warp == 0 and cuda.laneid == 0:
         note[5] = np.float64(entry)
         store(loss + r * item_size(zero), value)
-    write_grad(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, number(like, x))
+    if address == 0:
+        fill_row(like, rows, r, like_grad, grad_rows, number(like, x))
+    else:
+        ring = np.int32(shared_address(ring) + (thread_anew() >> 5) * GRAD_RING + cuda.laneid * 16)
+        write_grad(like, rows, rows[4], r, address, like_grad, grad_rows, m, low, shift, factor, ring)
     note = notes[thread_anew() >> 5]
     if float_bits(note[0]) != 0:
         _, warp, warps = team_of(rows[5])
@@ -310,8 +348,29 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
 
 
 @device
-def write_grad(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, otherwise):
-    """The gradient of a row by its team, as if it had no target; `otherwise` for an address of 0."""
+def fill_row(like, rows, r, like_grad, grad_rows, value):
+    """Each entry of a row = value, by its team."""
+    _, warp, warps = team_of(rows[5])
+    grad_stride, p = class_stride(like_grad, grad_rows), np.int64(warp) * LANES
+    position = np.int32(cuda.laneid * (16 // item_size(like)))
+    to = row_address(grad_rows, r) + position * grad_stride
+    while p < rows[5]:
+        near = np.int32(min(rows[5] - p, np.int64(LANES)))
+        store_part(like, like_grad, to + p * grad_stride, grad_stride, position, np.int32(0), near, fill(like, value))
+        p += warps * LANES
+
+
+@device
+def entries(v, shift, m, low, factor):
+    """grad_of, in two branches: most rows have no shift."""
+    if shift == number(shift, 0.0):
+        return grad_of(v, m, low, factor)
+    return grad_of(v - shift, m, low, factor)
+
+
+@device
+def write_apart(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    """write_grad of rows that are not copied ahead."""
     _, warp, warps = team_of(rows[5])
     stride, grad_stride, out = class_stride(like, rows), class_stride(like_grad, grad_rows), row_address(grad_rows, r)
     base, begin = first_position(like, address, stride)
@@ -320,16 +379,84 @@ def write_grad(like, rows, r, address, like_grad, grad_rows, m, low, shift, fact
         near = np.int32(min(end - p, np.int64(LANES)))  # positions from p on, which may lie beyond 32 bits
         before = np.int32(begin) if p == 0 else np.int32(0)
         position = np.int32(cuda.laneid * (16 // item_size(like)))
+        v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
         to = out + (p - begin + position) * grad_stride
-        g = fill(like, otherwise)
-        if address != 0:
-            v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
-            if shift == compute_zero(like):
-                g = grad_of(v, m, low, factor)
-            else:
-                g = grad_of(v - shift, m, low, factor)
-        store_part(like, like_grad, to, grad_stride, position, before, near, g)
+        store_part(like, like_grad, to, grad_stride, position, before, near, entries(v, shift, m, low, factor))
         p += warps * LANES
+
+
+@device
+def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    """write_grad by a ring that is filled ahead. A warp takes the chunks that it has summed, the last rounds first: the
+    caches still hold them."""
+    _, warp, warps = team_of(rows[5])
+    classes, grad_stride, out = rows[5], class_stride(like_grad, grad_rows), row_address(grad_rows, r)
+    base, begin = first_position(like, address, item_size(like))
+    last = np.int32((classes - 1) // CHUNK)
+    k = np.int32(warp) + (last - np.int32(warp)) // np.int32(warps) * np.int32(warps)
+    j = last_round(begin, classes, k)
+    k_ahead, j_ahead, where = k, j, ring
+    for _ in range(rounds_in(like, GRAD_RING)):
+        k_ahead, j_ahead = copy_back(like, where, base, begin, classes, k_ahead, j_ahead, warps)
+        where = next_round(like, where, ring, GRAD_RING)
+    position = np.int32(cuda.laneid * (16 // item_size(like)))
+    while k >= 0:
+        await_oldest(like, GRAD_RING)
+        g = entries(load_ring(like, where), shift, m, low, factor)
+        p, end = np.int32(j * LANES), np.int32(begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK))
+        before, near = begin if j == 0 else np.int32(0), min(np.int32(end - p), np.int32(LANES))
+        to = out + (np.int64(k) * CHUNK + p - begin + position) * grad_stride
+        store_part(like, like_grad, to, grad_stride, position, before, near, g)
+        k_ahead, j_ahead = copy_back(like, where, base, begin, classes, k_ahead, j_ahead, warps)
+        where = next_round(like, where, ring, GRAD_RING)
+        k, j = round_before(begin, k, j, warps)
+
+
+@device
+def last_round(begin, classes, k):
+    """The number of the last round of chunk k of a row that begins at this position."""
+    return np.int32((begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK) - 1) // LANES)
+
+
+@device
+def round_before(begin, k, j, warps):
+    """(chunk, round) before round j of chunk k, of those that are a warp's; a chunk below 0 is none."""
+    if j > 0:
+        return k, np.int32(j - 1)
+    return np.int32(k - warps), np.int32((begin + CHUNK - 1) // LANES)
+
+
+@device
+def copy_back(like, where, base, begin, classes, k, j, warps):
+    """Start to copy round j of chunk k; gives the round before it."""
+    if k >= 0:
+        thread, p = np.int32(cuda.laneid * 16), np.int32(j * LANES)
+        at = base + (np.int64(k) * CHUNK + p) * item_size(like) + thread
+        left = np.int32((begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK) - p) * item_size(like))
+        if left >= round_bytes(like):
+            copy_ahead(like, where, at, WARP)
+        else:
+            copy_ahead_part(like, where, at, WARP, np.int32(left - thread))
+        k, j = round_before(begin, k, j, warps)
+    end_of_round()
+    return k, j
+
+
+def write_grad(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    """The gradient of a row by its team, but for the target's. `stride` is an int32 where classes lie side by side."""
+    ahead = isinstance(stride, np.int32) and not isinstance(like, float)
+    function = write_stream if ahead else write_apart
+    function(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring)
+
+
+@overload(write_grad)
+def _write_grad(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    function = write_stream if like != types.float64 and stride == types.int32 else write_apart
+
+    def run(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+        function(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring)
+
+    return run
 
 
 # -- few classes -------------------------------------------------------------------------------------------------
