@@ -486,6 +486,11 @@ def butterfly(cuda):
     return lambda x, mask: cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)
 
 
+@twin(_memory.first_lanes, needs_cuda=True)
+def first_lanes(cuda):
+    return lambda x: np.array([cuda.shfl_sync(0xFFFFFFFF, x, k) for k in range(8)])
+
+
 @twin(_chunks.warp_max, needs_cuda=True)
 def warp_max(cuda):
     """One meeting of the warp in place of five."""

@@ -19,11 +19,13 @@ from .._scalar import (
     INV_LOG2E,
     LANES,
     LOG2E,
+    ONE,
     ZERO,
     clipped_term_32,
     exponent_32,
     f32,
     frame_32,
+    power_32,
     power_of_two,
 )
 from .._typed import compute_zero, item_size, key_value, number, row_frame, shifted_frame, term, widen
@@ -35,6 +37,7 @@ from ._memory import (
     copy_ahead,
     copy_ahead_part,
     end_of_round,
+    first_lanes,
     fold_loads,
     halves,
     hide,
@@ -164,38 +167,24 @@ def add_step(x, low, m, total, top):
 
 
 @device
-def copy_row(like, address, size, where, team):
-    """Start to copy a row of up to 32 * team logits, as ring_step takes it, if there are any."""
-    if size > 0:
-        base, begin = first_position(like, address, item_size(like))
-        thread = np.int32((cuda.laneid & (team - 1)) * 16)
-        copy_ahead_part(like, where, base + thread, team, np.int32((begin + size) * item_size(like) - thread))
-    end_of_round()
-
-
-@device
-def ring_step(like, where, p, begin, end, skip, team):
-    """As load_step, of logits side by side that have been copied to this thread's places in a ring."""
-    position = np.int32(p + (cuda.laneid & (team - 1)) * (16 // item_size(like)))
+def ring_step(like, where, p, begin, end, skip):
+    """As load_step for a warp, of logits side by side that have been copied to this thread's places in a ring."""
+    position = np.int32(p + cuda.laneid * (16 // item_size(like)))
     v = load_ring(like, where)
     if p < begin:
         v = hide_first(like, v, np.int32(begin - position))
-    if end - p < 32 * team:
-        v = hide_from(like, v, np.int32(end - position), team)
-    return hide(like, v, np.int32(skip - position), team) if 0 <= skip - p < 32 * team else v
+    if end - p < LANES:
+        v = hide_from(like, v, np.int32(end - position), WARP)
+    return hide(like, v, np.int32(skip - position), WARP) if 0 <= skip - p < LANES else v
 
 
 @device
-def round_sum(like, address, stride, size, skip, team, where):
+def round_sum(like, address, stride, size, skip, team):
     """(s, c) as by chunk_sum of up to 32 * team logits, those before a 16-byte boundary counting: a row that a team
-    reads at once, from the ring if its classes lie side by side. The teams of a warp have rows of their own, or none
-    (0 logits), but call this together."""
+    reads at once. The teams of a warp have rows of their own, or none (0 logits), but call this together."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
-    if stride == item_size(like):
-        x = ring_step(like, where, np.int32(0), begin, end, skip, team)
-    else:
-        x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
+    x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
     m, low, shift, c = row_frame(team_largest(x, team))
     if shift == compute_zero(like):
         total = term(x, low, m, zeros(like))[0]
@@ -364,7 +353,7 @@ def copy_round(like, where, task, at, left, size, room):
             if task < size:
                 base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
                 at = base + cuda.laneid * 16
-                left = np.int32((begin + np.int32(float_bits(room[2, task]))) * item_size(like))
+                left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
         if task < size:
             copy_ahead_part(like, where, at, WARP, np.int32(left - cuda.laneid * 16))
     end_of_round()
@@ -435,6 +424,26 @@ def _exponent_word(like, top, low, m):
 
 
 @device
+def late_logit(like, address, end, begin, skip):
+    """What the first threads of a warp have in the ninth round of an unaligned chunk: one logit each, at most seven."""
+    x, position = -INF, np.int32(CHUNK + cuda.laneid)
+    if position < end and position != skip:
+        x = widen(load(like, address + (position - begin) * item_size(like)))
+    return x
+
+
+@device
+def add_late(like, late, low, m, total):
+    """The logits of late_logit added to their lanes, which are the first thread's first; and their exponent words."""
+    p, power, t = power_32(late, low, m, ONE)
+    power = first_lanes(power)
+    low_half, high_half = halves(total)
+    first, second = halves(low_half)
+    first = fma(first_lanes(p), select(cuda.laneid == 0, power, power - power), first)
+    return join(join(first, second), high_half), t
+
+
+@device
 def sum_apart(like, stride, size, room, ring, capacity):
     """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
     guess = NO_GUESS
@@ -452,7 +461,7 @@ def sum_apart(like, stride, size, room, ring, capacity):
 def sum_stream(like, stride, size, room, ring, capacity):
     """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
     wait for a sum. One that its guess does not fit is summed again from memory."""
-    task, at, left, where, guess = np.int32(-1), np.int64(0), np.int32(0), ring, NO_GUESS
+    task, at, left, where = np.int32(-1), np.int64(0), np.int32(0), ring
     for _ in range(rounds_in(like, capacity)):
         task, at, left = copy_round(like, where, task, at, left, size, room)
         where = next_round(like, where, ring, capacity)
@@ -461,10 +470,13 @@ def sum_stream(like, stride, size, room, ring, capacity):
         if address != 0:
             begin = first_position(like, address, stride)[1]
             end, skip = np.int32(begin + classes), skip_position(float_bits(room[1, i]), classes, begin)
-            ref = guess
+            late = late_logit(like, address, end, begin, skip)
+            ref = NO_GUESS
+            if i > 0 and float_bits(room[2, i - 1]) == 0:
+                ref = guess_after(room[1, i - 1])
             if ref != ref:
                 await_oldest(like, capacity)
-                head = ring_step(like, where, np.int32(0), begin, end, skip, WARP)
+                head = ring_step(like, where, np.int32(0), begin, end, skip)
                 ref = exponent_32(team_largest(head, WARP))
             m, low = frame_32(ref, BIAS)
             clip, best = clip_of(like, low), no_top(like)
@@ -482,25 +494,18 @@ def sum_stream(like, stride, size, room, ring, capacity):
                     where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
                 if p < min(end, np.int32(CHUNK)):
                     await_oldest(like, capacity)
-                    x = ring_step(like, where, p, begin, end, skip, WARP)
+                    x = ring_step(like, where, p, begin, end, skip)
                     total, top = add_step(x, low, m, total, top)
                     task, at, left = copy_round(like, where, task, at, left, size, room)
                     where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
-            if end > CHUNK:  # eight lanes at most
-                low_half, high_half = halves(total)
-                first, second = halves(low_half)
-                await_oldest(like, capacity)
-                x = ring_step(like, where, p, begin, end, skip, WARP)
-                first, top = add_step(halves(halves(x)[0])[0], low, m, first, top)
-                total = join(join(first, second), high_half)
-                task, at, left = copy_round(like, where, task, at, left, size, room)
-                where = next_round(like, where, ring, capacity)
+            if end > CHUNK:
+                total, t = add_late(like, late, low, m, total)
+                top = max(top, float_bits(t))
             top = max(top, exponent_word(like, best, low, m))
             s, n = fold_lanes(like, total, WARP), bits_float(np.int32(warp_max(top))) - m
             if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
-                guess = n - MARGIN
-    cuda.syncwarp()
+        cuda.syncwarp()
     sum_apart(like, stride, size, room, ring, capacity)
 
 

@@ -351,7 +351,7 @@ def _words(builder, v):
 # -- ahead of time: a ring of rounds in shared memory that is filled while a warp computes -----------------------------
 
 
-RING = 8192  # bytes of a warp's ring: four rounds of 16-bit logits, two of float32, one of float64
+RING = 12288  # bytes of a warp's ring: six rounds of 16-bit logits, three of float32
 GRAD_RING = 4096  # the same where a block has more warps
 RING_ITEMS = RING // 8
 APART = 512  # bytes from one load of a thread to its next in the ring
@@ -667,8 +667,8 @@ def join(typingctx, low, high):
     return result(low, high), codegen
 
 
-def _shuffle(builder, x, mask):
-    """x of the thread whose number differs in the bits of `mask`."""
+def _shuffle(builder, x, mask, mode=3):
+    """x of the thread whose number differs in the bits of `mask`; in mode 0, of the thread of that number."""
     if isinstance(x.type, ir.VectorType):
         items = [_shuffle(builder, builder.extract_element(x, _c32(i)), mask) for i in range(x.type.count)]
         return _pack(builder, items, x.type)
@@ -683,7 +683,20 @@ def _shuffle(builder, x, mask):
     result = ir.LiteralStructType((_I32, _I1))
     kind = ir.FunctionType(result, [_I32] * 5)
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.nvvm.shfl.sync.i32")
-    return builder.extract_value(builder.call(function, [_c32(-1), _c32(3), x, mask, _c32(31)]), 0)
+    return builder.extract_value(builder.call(function, [_c32(-1), _c32(mode), x, mask, _c32(31)]), 0)
+
+
+@intrinsic
+def first_lanes(typingctx, x):
+    """x of the first eight threads of the warp, as a Vector; all threads take part."""
+    result = Vector(x, 8)
+
+    def codegen(context, builder, sig, args):
+        word = builder.bitcast(args[0], _I32)
+        items = [builder.bitcast(_shuffle(builder, word, _c32(k), 0), _F32) for k in range(8)]
+        return _pack(builder, items, vector_ir(result))
+
+    return result(x), codegen
 
 
 @intrinsic

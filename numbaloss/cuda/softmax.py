@@ -14,7 +14,6 @@ from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, sc
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
 from ._chunks import (
     WARP,
-    copy_row,
     first_position,
     load_step,
     next_round,
@@ -61,7 +60,7 @@ from ._rows import (
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
-SHORT_RESIDENT, RESIDENT = 20, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
+SHORT_RESIDENT, RESIDENT = 32, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
 
 
 def teams(items, classes, warps=TEAMS):
@@ -180,45 +179,24 @@ def finish(like, loss, first, size, chunks, room):
 @kernel(32, SHORT_RESIDENT, SHORT_RESIDENT, 8)
 def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_index, loss):
     """Rows of one round: thread i looks up label and target of row i, `team` threads sum a row at once, so that the
-    warp sums 32 / team of its `group` rows at a time, from a ring that is filled ahead of it; then thread i takes the
-    logarithm for row i."""
+    warp sums 32 / team of its `group` rows at a time; then thread i takes the logarithm for row i."""
     room = cuda.shared.array((4, 32), types.float64)
-    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
-    team, first, stride = np.int32(team), np.int64(cuda.blockIdx.x) * group, class_stride(like, rows)
+    team, first = np.int32(team), np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
     look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
     at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
-    ahead, where = i, ring
-    if stride == item_size(like):
-        for _ in range(rounds_in(like, RING)):
-            address, classes = row_in(room, ahead, size)
-            copy_row(like, address, classes, where, team)
-            ahead, where = np.int32(ahead + at_once), next_round(like, where, ring, RING)
     while done < size:
-        address, classes = row_in(room, i, size)
-        y = np.int64(-1)
+        address, y, classes = np.int64(0), np.int32(-1), np.int32(0)
         if i < size:
-            y = float_bits(room[1, i])
-        if stride == item_size(like):
-            await_oldest(like, RING)
-        s, c = round_sum(like, address, stride, classes, y, team, where)
-        if stride == item_size(like):
-            address, classes = row_in(room, ahead, size)
-            copy_row(like, address, classes, where, team)
+            address, y = float_bits(room[0, i]), np.int32(float_bits(room[1, i]))
+        if address != 0:
+            classes = np.int32(rows[5])
+        s, c = round_sum(like, address, class_stride(like, rows), classes, y, team)
+        cuda.syncwarp()
         if i < size and cuda.laneid & (team - 1) == 0:
             room[0, i], room[1, i] = s, c
         i, done = np.int32(i + at_once), np.int32(done + at_once)
-        ahead, where = np.int32(ahead + at_once), next_round(like, where, ring, RING)
     finish(like, loss, first, size, 1, room)
-
-
-@device
-def row_in(room, i, size):
-    """(address, classes) of row i of a warp; no classes where there is no row, or none that counts."""
-    address = np.int64(0)
-    if i < size:
-        address = float_bits(room[0, i])
-    return address, np.int32(float_bits(room[2, i])) if address != 0 else np.int32(0)
 
 
 @kernel(32, RESIDENT, RESIDENT, 8)
