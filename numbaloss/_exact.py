@@ -39,54 +39,63 @@ def number_words(x):
 @scalar
 def carry(words):
     """Bring all words but the last into [0, 2^32); the sum stays."""
-    for i in range(SPAN - 1):
-        words[i + 1] += words[i] >> 32
-        words[i] &= LOW_32
+    carry_between(words, 0, SPAN - 1)
 
 
 @scalar
-def negate(words):
-    for i in range(SPAN):
-        words[i] = -words[i]
-    carry(words)
+def carry_between(words, first, last):
+    """As carry, of the words from first to last."""
+    above = np.int64(0)
+    for i in range(first, last):
+        word = words[i] + above
+        words[i] = word & LOW_32
+        above = word >> 32
+    words[last] += above
 
 
 @scalar
 def round_sum(words):
-    """The float64 nearest to the sum, ties to even; changes the words, not their sum."""
+    """The float64 nearest to the sum, ties to even; spoils the words."""
+    first, last = 0, SPAN - 1
+    while first < last and words[first] == 0:
+        first += 1
+    while last > first and words[last] == 0:
+        last -= 1
+    return round_between(words, first, last)
+
+
+@scalar
+def round_between(words, first, last):
+    """As round_sum, where all words of the sum but those from first to last are 0."""
     if words[SPAN] > 0 or (words[SPAN + 1] > 0 and words[SPAN + 2] > 0):
         return np.nan
     if words[SPAN + 1] > 0:
         return np.inf
     if words[SPAN + 2] > 0:
         return -np.inf
-    carry(words)
-    negative = words[SPAN - 1] < 0
+    top = min(last + 1, SPAN - 1)  # what the others carry, and the sign
+    carry_between(words, first, top)
+    negative = words[top] < 0
     if negative:
-        negate(words)
-    top = SPAN - 1
-    while top > 1 and words[top] == 0:
+        for i in range(first, top + 1):
+            words[i] = -words[i]
+        carry_between(words, first, top)
+    while top > first and words[top] == 0:
         top -= 1
-    head = (np.uint64(words[top]) << np.uint64(32)) | np.uint64(words[top - 1])
-    value = 0.0
-    if head != 0:
-        below = np.uint64(words[top - 2]) if top > 1 else np.uint64(0)
-        shift = np.uint64(0)
-        while head < np.uint64(1 << 63):
-            head = (head << np.uint64(1)) | ((below >> np.uint64(31)) & np.uint64(1))
-            below = (below << np.uint64(1)) & np.uint64(0xFFFFFFFF)
-            shift += np.uint64(1)
-        sticky = below != 0
-        for i in range(top - 2):
-            sticky = sticky or words[i] != 0
-        kept, rest = head >> np.uint64(11), head & np.uint64(0x7FF)
-        if rest > np.uint64(0x400) or (rest == np.uint64(0x400) and (sticky or kept & np.uint64(1))):
-            kept += np.uint64(1)
-        value = scale_by_two(np.float64(kept), 32 * (top - 1) - np.int64(shift) + 11 - 1074)
-    if negative:
-        negate(words)
-        return -value
-    return value
+    if words[top] == 0:
+        return 0.0
+    head, middle = np.uint64(words[top]), np.uint64(words[top - 1] if top > 0 else 0)
+    below = np.uint64(words[top - 2] if top > 1 else 0)
+    shift = np.uint64(1023 + 31 - (float_bits(np.float64(words[top])) >> 52))  # that makes 32 bits of the first word
+    head = (((head << np.uint64(32)) | middle) << shift) | (below >> (np.uint64(32) - shift))
+    sticky = (below << shift) & np.uint64(0xFFFFFFFF) != 0
+    for i in range(first, top - 2):
+        sticky = sticky or words[i] != 0
+    kept, rest = head >> np.uint64(11), head & np.uint64(0x7FF)
+    if rest > np.uint64(0x400) or (rest == np.uint64(0x400) and (sticky or kept & np.uint64(1))):
+        kept += np.uint64(1)
+    value = scale_by_two(np.float64(kept), 32 * (top - 1) - np.int64(shift) + 11 - 1074)
+    return -value if negative else value
 
 
 @scalar

@@ -108,7 +108,7 @@ MUTANTS = {
     ),
     "a sum that is half-way": (
         "_exact.py",
-        "sticky = below != 0",
+        "sticky = (below << shift) & np.uint64(0xFFFFFFFF) != 0",
         "sticky = False",
         "test_totals.py::test_a_sum_rounds_once",
     ),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import numbaloss as nl
 from numbaloss._check import NOTHING
+from numbaloss._exact import WORDS, carry, round_sum
 from numbaloss.cpu import totals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,6 +110,39 @@ def test_total(values, scale, scaled):
             assert got == float(exact)
         except OverflowError:
             assert got == (math.inf if exact > 0 else -math.inf)
+
+
+def test_round_sum():
+    """Any words, also with carries to move, negative ones, and sums below the normal and beyond the largest number."""
+    rng = np.random.default_rng(0)
+    for trial in range(3000):
+        words, count = np.zeros(WORDS, np.int64), rng.integers(1, 7)
+        at = rng.integers(0, 66) + rng.integers(0, rng.choice([3, 66]), count)
+        words[at[at < 66]] = (rng.integers(-(2**62), 2**62, count) >> rng.integers(0, 62, count))[at < 66]
+        if trial % 3 == 0:  # half-way between two numbers, or next to it
+            i = rng.integers(4, 62)
+            words[:] = 0
+            words[i : i + 2] = rng.integers(0, 2**32) << 11 | 1 << 10, 1 << 31
+            words[i - 4] = rng.integers(-1, 2)
+            words *= rng.choice([-1, 1])
+        exact = sum(int(word) << (32 * i) for i, word in enumerate(words))
+        try:
+            expected = exact / 2**1074
+        except OverflowError:
+            expected = math.inf if exact > 0 else -math.inf
+        assert_same_bits(np.float64(round_sum(words.copy())), np.float64(expected), f"{trial}")
+        carry(words)
+        assert sum(int(word) << (32 * i) for i, word in enumerate(words)) == exact
+        assert np.all((words[:67] >= 0) & (words[:67] < 2**32))
+
+
+@pytest.mark.parametrize("counts, expected", [((1, 0, 0), math.nan), ((0, 3, 0), math.inf), ((0, 0, 2), -math.inf)])
+def test_round_sum_of_what_is_not_finite(counts, expected):
+    words = np.arange(WORDS)
+    words[-5:] = *counts, 0, 0
+    assert_same_bits(np.float64(round_sum(words)), np.float64(expected))
+    words[-4:-2] = 1, 1
+    assert np.isnan(round_sum(words))
 
 
 def test_infinite_and_undefined_losses():
