@@ -21,7 +21,10 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 import cuda_on_host as host  # noqa: E402
 
 import numbaloss as nl  # noqa: E402
+from numbaloss._check import FACTORS, NO_LABEL, NONZERO_OR_NONE, NOTHING  # noqa: E402
+from numbaloss.cpu import totals as cpu_totals  # noqa: E402
 from numbaloss.cpu._launch import Kernel  # noqa: E402
+from numbaloss.cuda import totals as cuda_totals  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -454,6 +457,79 @@ def test_totals_of_any_size():
     check(nl.cross_entropy, x, y)
 
 
+def numbers(kind, n):
+    """float64 numbers; those of 2^-62 to 2^34 fall into words that a thread has of its own."""
+    rng = np.random.default_rng(n)
+    normal, odd = rng.standard_normal(n), np.arange(n) % 2 == 1
+    return {
+        "losses": normal * normal,
+        "negative": -np.exp(normal),
+        "zeros": np.where(odd, -0.0, 0.0),
+        "all exponents": np.ldexp(normal, rng.integers(-1070, 1000, n)),
+        "edges": np.ldexp(
+            normal / abs(normal) * (1 - rng.integers(0, 2, n) * 2.0**-53), np.resize([-62, -30, 2, 34], n)
+        ),
+        "apart and back": normal * np.array([1, 1e-30, 1, 1e30, 1e-300])[np.arange(n) // 300 % 5],
+        "far but alike": normal * 1e-40,
+        "two kinds": np.where(odd, normal, 1e-25),
+        "subnormal": np.ldexp(normal, -1070),
+        "cancel": np.concatenate([normal[: n // 2], [2.0**-1074], -normal[: n // 2]])[-n:],
+        "one infinity": np.where(np.arange(n) == n // 2, -INF, normal),
+        "infinities": np.where(odd, INF, -INF),
+        "a NaN": np.where(np.arange(n) == n - 1, NAN, normal),
+        "overflow": np.full(n, -1e308),
+    }[kind]
+
+
+KINDS = ["losses", "negative", "zeros", "all exponents", "edges", "apart and back", "far but alike", "two kinds"]
+KINDS += ["subnormal", "cancel", "one infinity", "infinities", "a NaN", "overflow"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_totals_of_any_numbers(kind):
+    """Of one value and of one and several blocks; the sum, and the quotient by weights of any size."""
+    for n in (1, 77, 2100):
+        values = numbers(kind, n)
+        weights = np.where(np.arange(n) % 3 == 0, 1.0, np.roll(numbers("all exponents", n), 1) ** 2)
+        for w, divisor in ((None, NOTHING), (weights, FACTORS), (values, NONZERO_OR_NONE)):
+            check_total(values, w, divisor)
+    check_total(numbers(kind, 2100).astype(np.float32), None, FACTORS)
+
+
+def test_a_total_rounds_once():
+    """Half-way cases, decided by a number in any word below."""
+    for e in range(54, 1075, 30):
+        for tail in (2.0**-e, -(2.0**-e)):
+            check_total(np.array([1.0, 2.0**-53, tail]), None, NOTHING)
+            check_total(np.array([-1.0, -3 * 2.0**-53, tail]), None, NOTHING)
+
+
+def check_total(values, weights, divisor):
+    if weights is not None:
+        weights = np.where(np.isfinite(weights), weights, 2.0)
+    expected = cpu_totals.total(values, None, weights, None, NO_LABEL, divisor)
+    got = on_cupy(cuda_totals.total, values, None, weights, None, NO_LABEL, divisor)
+    assert_same_bits(got, host.results(np.asarray(expected)))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_totals_in_any_order(order):
+    """Of blocks and of threads."""
+    for kind in ("all exponents", "apart and back"):
+        values = numbers(kind, 2100)
+        with host.on_host(order=order):
+            check_total(values, values[::-1].copy(), FACTORS)
+
+
+def test_grids_of_totals():
+    """Few numbers are summed by one block, many by at most one a multiprocessor, of which there are two here."""
+    if ON_DEVICE:
+        pytest.skip("launches are counted on the host")
+    for n, expected in ((1, (1, 64)), (65, (1, 96)), (2048, (1, 1024)), (2049, (2, 1024)), (9000, (2, 1024))):
+        assert cuda_totals.grid_for(n, 1024, cupy.empty(n)) == expected
+    assert cuda_totals.grid_for(9000, 512, cupy.empty(1)) == (2, 512)
+
+
 @pytest.mark.parametrize("flags", ["TTFF", "FFTT", "TFFF", "FTFF", "FFTF", "FFFT", "FFFF"])
 def test_sequence_loss(flags):
     at, ab, st, sb = (flag == "T" for flag in flags)
@@ -468,6 +544,10 @@ def test_sequence_loss(flags):
     weights[4] = 0
     for w in (weights, np.asfortranarray(weights), np.zeros((11, 7))):
         check(nl.sequence_loss, x, y, w, **flags)
+    wide = numbers("apart and back", 400)[-77:].reshape(11, 7)
+    wide, hidden = np.where(np.arange(7) == 3, wide, weights), x.astype(np.float64)
+    hidden[4, 5] = NAN
+    check(nl.sequence_loss, hidden, y, wide, **flags)
     soft = np.full(x.shape, 0.05, np.float32)
     check(nl.sequence_loss, x, soft, weights, **flags)
     check(nl.sequence_loss, x[:0], y[:0], weights[:0], **flags)
@@ -506,6 +586,20 @@ def test_evaluation():
         ConvertedEvaluation().update(x[:3], np.array([1, 6, -5])).result()
     with pytest.raises(ValueError, match=r"weights: .* got 2 others"):
         ConvertedEvaluation().update(x[:3], y[:3], np.array([1, -1, NAN])).result()
+
+
+@pytest.mark.parametrize("kind", ["losses", "all exponents", "apart and back", "a NaN", "one infinity"])
+def test_evaluation_of_any_numbers(kind):
+    """The same words after two updates of several blocks: sums of wide ranges, with counts of NaN and infinities."""
+    n = 2100
+    logprob, weights = -abs(numbers(kind, n)), abs(numbers("apart and back", n)) * (np.arange(n) % 5)
+    argmax, y = np.arange(n) % 7, np.arange(n) % 3
+    weights[::4] = 1.0
+    expected, got = nl.Evaluation(), nl.Evaluation()
+    for w in (weights, None):
+        expected.add(logprob, argmax, y, w)
+        got.add(*(None if a is None else host.to_cupy(a) for a in (logprob, argmax, y, w)))
+    assert json.loads(got.to_json()) == json.loads(expected.to_json())
 
 
 # -- behaviour -----------------------------------------------------------------------------------------------------

@@ -240,8 +240,20 @@ MUTANTS = {
     ),
     "CUDA: words that are never added": (
         "cuda/totals.py",
-        "            add_words(words, i, low, middle, high)\n            i,",
-        "            i,",
+        "        add_number(room, row, x if away else 0.0)",
+        "        away = False",
+        "test_cuda.py::test_totals_of_any_size",
+    ),
+    "CUDA: what a block's words have beyond 32 bits": (
+        "cuda/totals.py",
+        "        word += words[k - 1] >> 32",
+        "        word += 0",
+        "test_cuda.py::test_totals_of_any_size",
+    ),
+    "CUDA: the words of one block alone": (
+        "cuda/totals.py",
+        "cuda.gridDim.x == 1 or all_blocks_added",
+        "cuda.gridDim.x < 9 or all_blocks_added",
         "test_cuda.py::test_totals_of_any_size",
     ),
     "CUDA: a uint64 label that is an ignored one in 64 bits": (
