@@ -14,10 +14,12 @@ _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 def is_cupy(x):
     """Whether x is a CuPy array; never imports CuPy, which must have been imported for one to exist."""
     kind = type(x)
-    if kind not in _is_cupy:
+    try:
+        return _is_cupy[kind]
+    except KeyError:
         cupy = sys.modules.get("cupy")
-        _is_cupy[kind] = cupy is not None and issubclass(kind, cupy.ndarray)
-    return _is_cupy[kind]
+        _is_cupy[kind] = found = cupy is not None and issubclass(kind, cupy.ndarray)
+        return found
 
 
 def array_module(x):
@@ -53,15 +55,21 @@ def kernels(family, **arrays):
     first = on_host = None
     for name, x in arrays.items():
         if is_cupy(x):
-            first = first or name
-            here, there = x.data.device_id, arrays[first].data.device_id
-            if here != there:
+            here = x.data.device_id
+            if first is None:
+                first, there = name, here
+            elif here != there:
                 raise ValueError(f"{name}: expected an array on device {there} as {first} is, got one on device {here}")
         elif isinstance(x, np.ndarray):
             on_host = on_host or name
     if first and on_host:
         raise TypeError(f"{on_host}: expected a CuPy array as {first} is, got a NumPy array")
     return _module("cuda" if first else "cpu", family)
+
+
+def kernels_of(x, family):
+    """As kernels, for an array that has been through it."""
+    return _module("cuda" if is_cupy(x) else "cpu", family)
 
 
 def package_stamp(backend):

@@ -57,9 +57,11 @@ def _cupy(name):
 
 def carrier(dtype):
     """The zero by which the kernels know this dtype, in whatever byte order; None if they do not know it."""
-    if dtype not in _BY_DTYPE:
-        _BY_DTYPE[dtype] = _KINDS.get(dtype.name)
-    return _BY_DTYPE[dtype]
+    try:
+        return _BY_DTYPE[dtype]
+    except KeyError:
+        _BY_DTYPE[dtype] = like = _KINDS.get(dtype.name)
+        return like
 
 
 def logits(x, name="logits"):
@@ -100,18 +102,20 @@ def axis_index(axis, ndim, name="axis"):
 
 def class_axis_last(x, axis, name="logits"):
     """x with its class axis moved to the end (a view), which must hold a class."""
-    if x.ndim == 0:
+    ndim = x.ndim
+    if ndim == 0:
         raise ValueError(f"{name}: expected at least one dimension, got a scalar")
-    index = axis_index(axis, x.ndim)
+    index = axis_index(axis, ndim)
     if x.shape[index] == 0:
         raise ValueError(f"{name}: expected at least one class, got shape {x.shape} with class axis {index}")
-    return x if index == x.ndim - 1 else array_module(x).moveaxis(x, index, -1)
+    return x if index == ndim - 1 else array_module(x).moveaxis(x, index, -1)
 
 
-def same_shape(x, name, shape, other):
-    """Raise unless x has this shape, that of `other`."""
-    if x.shape != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)} to match {other}, got {x.shape}")
+def same_shape(x, name, shape, other, whole=None):
+    """Raise unless x has this shape, that of `other`; `whole` is the array of that name, where it has more axes."""
+    if x.shape != shape:
+        other = other if whole is None else f"{other} {whole.shape}"
+        raise ValueError(f"{name}: expected shape {shape} to match {other}, got {x.shape}")
 
 
 def labels(x, shape, name, logits):
@@ -120,8 +124,7 @@ def labels(x, shape, name, logits):
     given = number_array(x, name, logits)
     if given.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {given.dtype}")
-    if given.shape != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)} to match logits {logits.shape}, got {given.shape}")
+    same_shape(given, name, shape, "logits", logits)
     if is_cupy(given):
         return given, given
     if given.dtype == np.uint64:
@@ -155,12 +158,19 @@ def flat(x):
     return x if x.ndim == 1 else x.reshape(-1)
 
 
+def by_rows(x):
+    """x with two axes, of which the last one stays."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
 def like_logits(logits, dtype, axis):
     """A new array of logits' shape, in their memory order if the kernels can write that."""
-    x = array_module(logits).empty_like(logits, dtype)
-    if x.size == 0 or readable(class_axis_last(x, axis)) is not None:
-        return x
-    return array_module(logits).empty(logits.shape, dtype)
+    xp = array_module(logits)
+    if not logits.flags.c_contiguous:
+        x = xp.empty_like(logits, dtype)
+        if x.size == 0 or readable(class_axis_last(x, axis)) is not None:
+            return x
+    return xp.empty(logits.shape, dtype)
 
 
 def gradient(out, logits, axis, name="logits"):
@@ -223,6 +233,11 @@ def part(x, begin, end):
     if x is None or (begin == 0 and end == x.size):
         return x
     return flat(x)[begin:end]
+
+
+def rows_of(x, begin, end):
+    """Rows [begin, end) of an array."""
+    return x if begin == 0 and end == len(x) else x[begin:end]
 
 
 def result(x):
@@ -288,13 +303,13 @@ def pieces(*arrays, prepare=None, dtype=None):
     bytes, what cannot be read, or is not of `dtype`, being copied. `prepare` makes the first array from each piece of
     it.
     """
-    if arrays[0].size == 0:
+    size = arrays[0].size
+    if size == 0:
         return []
-    layouts = [_layout(x) for x in arrays]
-    if prepare is not None or dtype is not None or None in layouts:
+    whole = [None] if prepare is not None or dtype is not None else [_layout(x) for x in arrays]
+    if None in whole:
         return _prepared_pieces(arrays, prepare, dtype)
-    whole = [(carrier(x.dtype), rows, x) for x, rows in zip(arrays, layouts)]
-    return [(0, arrays[0].size // arrays[0].shape[-1], whole)]
+    return [(0, size // arrays[0].shape[-1], whole)]
 
 
 def _prepared_pieces(arrays, prepare, dtype):
@@ -302,7 +317,7 @@ def _prepared_pieces(arrays, prepare, dtype):
         parts = [in_reach(x[index], arrays[0], dtype) for x in arrays]
         if prepare is not None:
             parts[0] = prepare(parts[0])
-        yield begin, end, [(carrier(x.dtype), _layout(x), x) for x in parts]
+        yield begin, end, [_layout(x) for x in parts]
 
 
 def in_reach(x, logits, dtype=None):
@@ -329,37 +344,37 @@ def blocks(x, begin=0, index=()):
 
 def readable(x):
     """(like, rows) of an array that the kernels can read, and write, where it lies; None for another."""
-    rows = _layout(x)
-    return None if rows is None else (carrier(x.dtype), rows)
+    layout = _layout(x)
+    return layout and layout[:2]
 
 
 def element_rows(*arrays):
     """Arrays of one shape, read element by element: (the same with their axes in the order of the first one's memory
     and as few as possible, the order)."""
-    order = sorted(range(arrays[0].ndim), key=lambda axis: -abs(arrays[0].strides[axis]))
-    views = [x.transpose(order) for x in arrays]
-    if all(x.flags.c_contiguous for x in views):
+    steps = [abs(stride) for stride in arrays[0].strides]
+    order = sorted(range(len(steps)), key=steps.__getitem__, reverse=True)
+    views = arrays if order == sorted(order) else [x.transpose(order) for x in arrays]
+    if all([x.flags.c_contiguous for x in views]):
         return [x.reshape(1, -1) for x in views], order
     return views, order
 
 
 def _layout(x):
-    """The `rows` tuple of x, or None if the kernels cannot read x where it lies."""
-    item = x.itemsize
-    if carrier(x.dtype) is None or not x.dtype.isnative:
+    """(like, rows, x), or None if the kernels cannot read x where it lies."""
+    dtype, item, address = x.dtype, x.itemsize, address_of(x)
+    like = carrier(dtype)
+    if like is None or address % item or not dtype.isnative:
         return None
-    shape, strides = x.shape, x.strides
-    address = address_of(x)
-    if address % item:
-        return None
+    shape = x.shape
     if x.flags.c_contiguous:
-        row = shape[-1] * item
-        return address, max(1, x.size // shape[-1]), 0, row, item, shape[-1]
+        classes = shape[-1]
+        return like, (address, x.size // classes or 1, 0, classes * item, item, classes), x
+    strides = x.strides
     steps = row_steps(shape[:-1], strides[:-1])
     if steps is None or any(step % item for step in (*steps, strides[-1])[1:]):
         return None
     inner, inner_stride, outer_stride = steps
-    return address, inner, outer_stride, inner_stride, strides[-1], shape[-1]
+    return like, (address, inner, outer_stride, inner_stride, strides[-1], shape[-1]), x
 
 
 def address_of(x):

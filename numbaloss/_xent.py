@@ -1,11 +1,12 @@
 """The rows of a cross entropy: their losses and gradients, and how these are reduced."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
 
 from . import _check
-from ._backend import array_module, is_cupy, kernels
+from ._backend import array_module, is_cupy, kernels_of
 from .totals import handed_over
 
 IGNORED = -100  # ignore_index unless given
@@ -36,7 +37,8 @@ class Rows:
         gamma=0.0,  # of a focal loss
     ):
         self.logits, self.axis, self.x = logits, axis, _check.class_axis_last(logits, axis)
-        self.shape, self.classes = self.x.shape[:-1], self.x.shape[-1]
+        shape = self.x.shape
+        self.shape, self.classes = shape[:-1], shape[-1]
         self.y, self.dense, self.given, self.name = y, dense, given, name
         self.weights, self.class_weights, self.ignore_index = weights, class_weights, ignore_index
         self.check_labels, self.smoothing, self.z_loss, self.cap = check_labels, smoothing, z_loss, cap
@@ -77,14 +79,15 @@ def cap_of(softcap, temperature, dtype):
 def losses(q, loss=None):
     """The loss of every row, logits' shape without the class axis, in `loss` if that is given; raises for labels out of
     range where asked to."""
-    loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x)) if loss is None else loss
+    if loss is None:
+        loss = array_module(q.x).empty(q.shape, _check.result_dtype(q.x))
     flat, bad = _check.flat(loss), 0
     for begin, end, parts in _check.pieces(*q.arrays(), prepare=_capping(q)):
         bad += _fill_losses(q, parts, begin, end, _check.part(flat, begin, end))
     if q.check_labels == "raise" if is_cupy(q.x) else bad and q.check_labels != "nan":
         q.raise_bad_label()
     if q.gamma != 0:
-        kernels("totals", logits=q.x).focal(flat.size, flat.size, flat, q.gamma)
+        kernels_of(q.x, "totals").focal(flat.size, flat.size, flat, q.gamma)
     return loss
 
 
@@ -98,18 +101,18 @@ def gradients(q, slopes, grad, as_one=False, second=0, loss=None):
     capped = [] if q.cap is None else [q.x]
     out = _check.class_axis_last(grad, q.axis, "out")
     for begin, end, parts in _check.pieces(*arrays, out, *capped, prepare=_capping(q)):
-        slope, row_loss = slopes[begin:end], _check.part(flat, begin, end)
+        slope, row_loss = _check.part(slopes, begin, end), _check.part(flat, begin, end)
         to = parts[0][:2] if capped else parts[len(arrays)][:2]
         if q.gamma != 0:
             _fill_losses(q, parts, begin, end, row_loss)
-            kernels("totals", logits=q.x).focal_slopes(end - begin, end - begin, row_loss, q.gamma, slope)
+            kernels_of(q.x, "totals").focal_slopes(end - begin, end - begin, row_loss, q.gamma, slope)
         _fill_gradients(q, parts, begin, end, as_one, second, slope, row_loss, to)
         if capped:
             grads, original, to = parts[0][2].reshape(-1, q.classes), parts[-1][:2], parts[len(arrays)][:2]
             cap = (q.cap[0], q.cap[1] * q.cap[1], q.cap[2]) if second else q.cap
-            kernels("elements", logits=q.x).uncap(grads.size, end - begin, grads, *original, cap, *to)
+            kernels_of(q.x, "elements").uncap(grads.size, end - begin, grads, *original, cap, *to)
     if q.gamma != 0:
-        kernels("totals", logits=q.x).focal(flat.size, flat.size, flat, q.gamma)
+        kernels_of(q.x, "totals").focal(flat.size, flat.size, flat, q.gamma)
     return loss
 
 
@@ -120,8 +123,8 @@ def _capping(q):
 
     def prepare(x):
         out = array_module(x).empty(x.shape, _check.result_dtype(x))
-        rows = out.reshape(-1, q.classes)
-        kernels("elements", logits=x).cap(out.size, len(rows), *_check.readable(x), q.cap, rows)
+        rows = _check.by_rows(out)
+        kernels_of(x, "elements").cap(out.size, len(rows), *_check.readable(x), q.cap, rows)
         return out
 
     return prepare
@@ -132,10 +135,10 @@ def _fill_losses(q, parts, begin, end, loss):
     like, rows, _ = parts[0]
     n, y, weights = end - begin, _check.part(q.y, begin, end), _check.part(q.weights, begin, end)
     if q.plain:
-        family = kernels("softmax", logits=q.x)
+        family = kernels_of(q.x, "softmax")
         kernel = family.narrow_sparse_xent if q.classes <= family.NARROW else family.sparse_xent
         return kernel(n * q.classes, n, like, rows, y, weights, q.ignore_index, loss)
-    family, targets = kernels("dense", logits=q.x), _targets(q, parts, y)
+    family, targets = kernels_of(q.x, "dense"), _targets(q, parts, y)
     return family.dense_xent(n * q.classes, n, like, rows, *targets, weights, q.z_loss, loss)
 
 
@@ -144,10 +147,10 @@ def _fill_gradients(q, parts, begin, end, as_one, second, slopes, loss, grad):
     like, rows, _ = parts[0]
     n, y, weights = end - begin, _check.part(q.y, begin, end), _check.part(q.weights, begin, end)
     if q.plain and not second:
-        family = kernels("softmax", logits=q.x)
+        family = kernels_of(q.x, "softmax")
         kernel = family.narrow_sparse_xent_grad if q.classes <= family.NARROW else family.sparse_xent_grad
         return kernel(n * q.classes, n, like, rows, y, weights, q.ignore_index, slopes, loss, *grad)
-    family, targets = kernels("dense", logits=q.x), _targets(q, parts, y)
+    family, targets = kernels_of(q.x, "dense"), _targets(q, parts, y)
     return family.dense_xent_grad(
         n * q.classes, n, like, rows, *targets, weights, q.z_loss, as_one, second, slopes, loss, *grad
     )
@@ -173,21 +176,23 @@ def _class_weights(q):
 
 def reduced(q, loss, reduction):
     """A mean or sum of the losses, or the losses weighted, in place."""
-    totals, flat = kernels("totals", loss=loss), _check.flat(loss)
+    by_class = q.plain and q.class_weights is not None
+    if reduction == "none" and q.weights is None and not by_class:
+        return _check.result(loss)
+    totals, flat = kernels_of(loss, "totals"), _check.flat(loss)
     if reduction == "mean":
         divisor = _check.FACTORS if q.plain else _check.CLASS_FACTORS
         return totals.total(flat, q.y, q.weights, q.class_weights if q.dense is None else None, q.ignore_index, divisor)
     if reduction == "sum":
         return totals.total(flat, *q.factors(), _check.NOTHING)
-    if q.weights is not None or (q.plain and q.class_weights is not None):
-        totals.scale(flat.size, flat.size, flat, *q.factors())
+    totals.scale(flat.size, flat.size, flat, *q.factors())
     return _check.result(loss)
 
 
 def divisor_of(q):
     """What a mean divides by, float64, (1,)."""
-    xp, n = array_module(q.x), int(np.prod(q.shape))
-    totals, shares = kernels("totals", logits=q.x), xp.empty(n, np.float64)
+    xp, n = array_module(q.x), math.prod(q.shape)
+    totals, shares = kernels_of(q.x, "totals"), xp.empty(n, np.float64)
     by_class = q.class_weights if q.dense is None else None
     totals.slopes(n, n, None, q.y, q.weights, by_class, q.ignore_index, None, shares)
     return totals.total(shares, None, None, None, _check.NO_LABEL, _check.NOTHING).reshape(1)
@@ -195,9 +200,9 @@ def divisor_of(q):
 
 def slopes_of(q, upstream, divisor):
     """d(result) / d(loss of a row), float64; `divisor` a number for each row, for all, or None."""
-    n = int(np.prod(q.shape))
+    n = math.prod(q.shape)
     slopes = array_module(q.x).empty(n, np.float64)
-    kernels("totals", logits=q.x).slopes(n, n, upstream, *q.factors(), divisor, slopes)
+    kernels_of(q.x, "totals").slopes(n, n, upstream, *q.factors(), divisor, slopes)
     return slopes
 
 
@@ -209,7 +214,7 @@ def weight_gradients(q, loss, upstream, divisor, mean, weights, out):
     flat = _check.flat(loss)
     grad = array_module(q.x).empty(flat.size, loss.dtype)
     factors = q.y, q.weights, q.class_weights if q.dense is None else None, not q.plain, q.ignore_index
-    totals = kernels("totals", logits=q.x)
+    totals = kernels_of(q.x, "totals")
     totals.weight_slopes(flat.size, flat.size, flat, upstream, divisor, mean, *factors, grad)
     return handed_over(grad.reshape(q.shape), weights, q.logits, out)
 
@@ -217,11 +222,11 @@ def weight_gradients(q, loss, upstream, divisor, mean, weights, out):
 def label_gradients(q, slopes, labels, out):
     """d(result) / d(labels): slopes times class weights times lse - x."""
     grad = array_module(q.x).empty(q.x.shape, _check.result_dtype(q.x))
-    flat, family = grad.reshape(-1, q.classes), kernels("softmax", logits=q.x)
+    flat, family = _check.by_rows(grad), kernels_of(q.x, "softmax")
     kernel = family.narrow_normalize if q.classes <= family.NARROW else family.normalize
     for begin, end, parts in _check.pieces(q.x, prepare=_capping(q)):
-        kernel((end - begin) * q.classes, end - begin, *parts[0][:2], True, flat[begin:end])
+        kernel((end - begin) * q.classes, end - begin, *parts[0][:2], True, _check.rows_of(flat, begin, end))
     factors = _class_weights(q), q.weights, 1.0 - q.smoothing, slopes
-    kernels("dense", logits=q.x).label_slopes(grad.size, len(flat), flat, *factors)
+    kernels_of(q.x, "dense").label_slopes(grad.size, len(flat), flat, *factors)
     grad = array_module(q.x).moveaxis(grad, -1, _check.axis_index(q.axis, q.logits.ndim))
     return handed_over(grad, labels, q.logits, out)

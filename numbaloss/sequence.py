@@ -3,7 +3,7 @@
 import numpy as np
 
 from . import _check, _xent
-from ._backend import array_module, kernels, on_its_device
+from ._backend import array_module, kernels, kernels_of, on_its_device
 
 
 @on_its_device
@@ -87,11 +87,11 @@ def _checked(logits, targets, weights):
     kernels("totals", logits=logits, targets=targets, weights=weights)
     shape = logits.shape[:2]
     weights = _check.number_array(weights, "weights", logits)
-    _check.same_shape(weights, "weights", shape, f"logits {logits.shape}")
+    _check.same_shape(weights, "weights", shape, "logits", logits)
     if targets.ndim == 3:
         _check.same_shape(targets, "targets", logits.shape, "logits")
     else:
-        _check.same_shape(targets, "targets", shape, f"logits {logits.shape}")
+        _check.same_shape(targets, "targets", shape, "logits", logits)
     return logits, targets, _check.weights(weights, shape, logits)
 
 
@@ -114,7 +114,7 @@ def _losses_by(function, logits, targets):
 
 def _reduced(loss, weights, rule):
     """The losses [batch, time] weighted, in place, or their totals."""
-    family, flat = kernels("totals", loss=loss), loss.reshape(-1)
+    family, flat = kernels_of(loss, "totals"), loss.reshape(-1)
     if rule is None:
         family.scale(flat.size, flat.size, flat, None, weights, None, _check.NO_LABEL)
         return loss
@@ -132,7 +132,7 @@ def _row_totals(loss, weights, rule):
         0 if axis is None else axis + 1
     ]
     totals, divisors = xp.empty(rows, loss.dtype), xp.empty(rows, np.float64)
-    family, flat = kernels("totals", loss=loss), loss.reshape(-1)
+    family, flat = kernels_of(loss, "totals"), loss.reshape(-1)
     family.row_totals(flat.size, rows, flat, weights, items, row_step, step, divisor, totals, divisors)
     return totals, divisors
 

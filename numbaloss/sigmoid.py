@@ -131,10 +131,10 @@ def _views(logits, *arrays):
     what is a number or None stays."""
     shaped = [x.reshape(1) if x.ndim == 0 else x for x in (logits, *arrays) if hasattr(x, "ndim")]
     views, order = _check.element_rows(*shaped)
-    shape, views = [shaped[0].shape[axis] for axis in order], iter(views)
+    shape, views, stays = [shaped[0].shape[axis] for axis in order], iter(views), order == sorted(order)
 
     def back(x):
-        x = x.reshape(shape).transpose(np.argsort(order))
+        x = x.reshape(shape) if stays else x.reshape(shape).transpose(np.argsort(order))
         return x if logits.ndim else x[0]
 
     return [next(views) if hasattr(x, "ndim") else x for x in (logits, *arrays)], back
@@ -146,11 +146,11 @@ def _binary(labels, logits, pos_weight=None, focal=None):
     family = kernels("sigmoid", logits=logits, labels=labels, pos_weight=weight)
     (x, z, weight), back = _views(logits, labels, weight)
     loss = array_module(x).empty(x.shape, _check.result_dtype(x))
-    flat = loss.reshape(-1, loss.shape[-1]) if loss.size else loss
+    flat = _check.by_rows(loss) if loss.size else loss
     for begin, end, parts in _check.pieces(x, z, *([weight] if hasattr(weight, "ndim") else [])):
         (like, rows, _), (like_labels, label_rows, _) = parts[:2]
         like_weight, weight_rows, _ = parts[2] if len(parts) > 2 else (like, weight if focal is None else focal, None)
-        out = flat[begin:end]
+        out = _check.rows_of(flat, begin, end)
         family.binary_xent(out.size, out.size, like, rows, like_labels, label_rows, like_weight, weight_rows, out)
     return back(loss)
 
@@ -230,5 +230,5 @@ def _run(family, operands, focal, target, *results):
         arguments += _check.readable(x) if hasattr(x, "ndim") else (np.float32(0), x)
     if focal is not None:
         arguments[5] = focal
-    loss, *others = (None if x is None else x.reshape(-1, x.shape[-1]) for x in results)
+    loss, *others = (None if x is None else _check.by_rows(x) for x in results)
     family.binary_grad(loss.size, loss.size, *arguments, loss, like_out, out_rows, *others)

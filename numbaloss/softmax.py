@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check, _xent
-from ._backend import array_module, is_cupy, kernels, on_its_device
+from ._backend import array_module, is_cupy, kernels, kernels_of, on_its_device
 
 _DEFAULT = object()
 
@@ -268,7 +268,7 @@ def token_logprobs(logits, targets, *, ignore_index=-100, axis=-1, check_labels=
     kernels("softmax", logits=logits, targets=targets)
     ignore = _check.integer(ignore_index, "ignore_index")
     loss = _xent.losses(_xent.labelled(logits, targets, axis, "targets", check_labels, ignore_index=ignore))
-    kernels("totals", loss=loss).negate(loss.size, loss.size, _check.flat(loss))
+    kernels_of(loss, "totals").negate(loss.size, loss.size, _check.flat(loss))
     return _check.result(loss)
 
 
@@ -316,7 +316,7 @@ def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_la
     bad = 0
     for begin, end, [(like, rows, _)] in _check.pieces(x):
         n, y_part, w_part = end - begin, _check.part(y, begin, end), _check.part(weights, begin, end)
-        out = [None if field is None else field[begin:end] for field in flat]
+        out = [_check.part(field, begin, end) for field in flat]
         bad += family.score(n * classes, n, like, rows, y_part, w_part, ignore, *out)
     if check_labels == "raise" if is_cupy(x) else bad and check_labels != "nan":
         _check.raise_bad_label(given, classes, weights, ignore, "targets")
@@ -362,11 +362,11 @@ def _normalized(logits, axis, logarithm):
     family = kernels("softmax", logits=logits)
     x = _check.class_axis_last(logits, axis)
     out = array_module(x).empty(x.shape, _check.result_dtype(x))
-    flat = out.reshape(-1, x.shape[-1])
+    flat = _check.by_rows(out)
     kernel = family.narrow_normalize if x.shape[-1] <= family.NARROW else family.normalize
     for begin, end, [(like, rows, _)] in _check.pieces(x):
-        kernel((end - begin) * x.shape[-1], end - begin, like, rows, logarithm, flat[begin:end])
-    return array_module(x).moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
+        kernel((end - begin) * x.shape[-1], end - begin, like, rows, logarithm, _check.rows_of(flat, begin, end))
+    return out if x is logits else array_module(x).moveaxis(out, -1, _check.axis_index(axis, logits.ndim))
 
 
 @on_its_device

@@ -79,7 +79,7 @@ class Evaluation:
             self._words = xp.zeros((len(_SUMS) + 1, kernels("totals").WORDS), np.int64)
         elif is_cupy(self._words) != is_cupy(logprob):
             self._words = xp.asarray(_check.on_host(self._words))
-        values = [np.ravel(logprob), np.ravel(argmax), targets, weights, self.ignore_index, self._words]
+        values = [logprob.ravel(), argmax.ravel(), targets, weights, self.ignore_index, self._words]
         kernels("totals", logprob=logprob, targets=targets).add_tokens(values[0].size, values[0].size, *values)
         return self
 

@@ -150,7 +150,7 @@ def _processors(number):
 
 def processors(out):
     """Multiprocessors of the device of the array `out`."""
-    return _processors(out.device.id)
+    return _processors(out.data.device_id)
 
 
 def kept(x):

@@ -5,7 +5,7 @@ from functools import cache
 import cupy
 import numpy as np
 
-from .._check import NO_LABEL, address_of, row_steps
+from .._check import NO_LABEL, row_steps
 from .._intrinsics import from_bfloat16, from_float16
 from ._launch import device, kept
 from ._memory import load
@@ -33,7 +33,7 @@ def operand(x):
     if x is None:
         return ABSENT, 0, 1, 0, 0
     if x.flags.c_contiguous:
-        return _kind(x.dtype), x.data.ptr, max(x.size, 1), 0, x.itemsize
+        return _kind(x.dtype), x.data.ptr, x.size or 1, 0, x.itemsize
     steps = row_steps(x.shape, x.strides)
     if steps is None or any(step % x.itemsize for step in (x.data.ptr, *steps[1:])):
         return operand(kept(cupy.ascontiguousarray(x)))  # CuPy gives its memory to later work on this stream only
@@ -48,7 +48,7 @@ def with_known_stride(like, rows):
 
 def address(x):
     """Where a contiguous array lies; 0 for None."""
-    return 0 if x is None else address_of(x)
+    return 0 if x is None else x.data.ptr
 
 
 @device
