@@ -354,7 +354,7 @@ def element_rows(*arrays):
     steps = [abs(stride) for stride in arrays[0].strides]
     order = sorted(range(len(steps)), key=steps.__getitem__, reverse=True)
     views = arrays if order == sorted(order) else [x.transpose(order) for x in arrays]
-    if all([x.flags.c_contiguous for x in views]):
+    if all(x.flags.c_contiguous for x in views):
         return [x.reshape(1, -1) for x in views], order
     return views, order
 

@@ -214,7 +214,8 @@ def _sequence_loss(upstream, out, logits, targets, weights, softmax_loss_functio
 
 def _same_kind(q, upstream, out):
     """Raise where NumPy and CuPy arrays are mixed."""
-    kernels("softmax", logits=q.logits, upstream=upstream, **{f"out ({name})": x for name, x in out.items()})
+    outs = {f"out ({name})": x for name, x in out.items() if x is not None}
+    kernels("softmax", logits=q.logits, upstream=upstream, **outs)
 
 
 def _gradients(q, value_of, upstream, divisor, out, as_one, arguments):

@@ -320,7 +320,7 @@ def _score(logits, targets, weights, rank, entropy, ignore_index, axis, check_la
         bad += family.score(n * classes, n, like, rows, y_part, w_part, ignore, *out)
     if check_labels == "raise" if is_cupy(x) else bad and check_labels != "nan":
         _check.raise_bad_label(given, classes, weights, ignore, "targets")
-    return TokenScores(*(None if field is None else _check.result(field) for field in fields))
+    return TokenScores(*[None if field is None else _check.result(field) for field in fields])
 
 
 @on_its_device

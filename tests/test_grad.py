@@ -1,5 +1,7 @@
 """value_and_grad: against 200-bit truths, sums, options, memory. [n]: a line of docs/PITFALLS.md."""
 
+import inspect
+
 import mpmath
 import numpy as np
 import pytest
@@ -240,3 +242,32 @@ def test_errors():
     got = run(x, np.array([0, 1, 2, 10]), reduction="none", check_labels="nan")
     assert np.isnan(got[0][3]) and np.isnan(got[1][3]).all() and np.isfinite(got[1][:3]).all()
     assert run(x[:0], y[:0])[1].shape == (0, 10)
+
+
+WRONG_CALLS = {
+    "nothing": ((), {}),
+    "one missing": ((1,), {}),
+    "too many": ((1, 2, 3), {}),
+    "twice": ((1, 2), {"targets": 3}),
+    "unknown": ((1, 2), {"colour": 3}),
+    "unknown for a missing one": ((1,), {"colour": 3}),
+    "too many for a missing one": ((1, 2, 3), {"colour": 4}),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS)
+@pytest.mark.parametrize("derivative", [nl.value_and_grad, nl.value_grad_hess])
+def test_arguments_that_do_not_fit(derivative, call):
+    args, options = WRONG_CALLS[call]
+    with pytest.raises(TypeError) as expected:
+        inspect.signature(nl.cross_entropy).bind(*args, **options)
+    with pytest.raises(TypeError) as error:
+        derivative(nl.cross_entropy)(*args, **options)
+    assert str(error.value) == str(expected.value)
+
+
+def test_arguments_by_position_and_by_name():
+    x, y = make_logits(4, 10), make_labels(4, 10)
+    run = nl.value_and_grad(nl.sparse_softmax_cross_entropy_with_logits)
+    for other in (run(y, logits=x), run(logits=x, labels=y), run(y, x, None, check_labels="raise")):
+        assert_same_bits(run(y, x), other)
