@@ -17,11 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -56,62 +56,54 @@ EPS = 2.0**-23
 # -- checks ------------------------------------------------------------------------------------------------------
 
 
-def pytest_command(report, name, *more):
-    """What runs the CUDA tests here, and where it says how they ended."""
-    path = report.path.with_suffix(f".{name}.xml")
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={path}",
-        *more,
-    ], path
+PYTEST = [sys.executable, "-m", "pytest", "-v", "-rfE", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
 
 
 def run_checks(report, seconds):
-    """The tests of the CUDA backend, on this device, in as many processes as there are cores."""
+    """The tests of the CUDA backend, on this device, in as many processes as there are cores; what is not done after so
+    many seconds has no result. The log lies beside the report."""
     workers = ["-n", str(os.cpu_count()), "--dist", "worksteal"] if find_spec("xdist") else []
-    command, path = pytest_command(report, "checks", *workers, *map(str, CHECKS))
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, timeout=seconds, env={**os.environ, "NUMBA_NUM_THREADS": "4"})
-    try:
-        suite = ElementTree.parse(path).find("testsuite")
-    except (OSError, ElementTree.ParseError) as error:
-        report.add("checks", {"failed": [f"no result: {error}"]})
-        return
-    path.unlink()
-    counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    failed = []
-    for case in suite.iter("testcase"):
-        for problem in (*case.findall("failure"), *case.findall("error")):
-            failed.append(f"{case.get('name')}: {problem.get('message')}"[:600])
-    report.add("checks", {**counts, "seconds": float(suite.get("time")), "failed": failed})
+    log, begin, why = report.path.with_suffix(".checks.log"), time.perf_counter(), None
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "4"}
+    with open(log, "w") as file:
+        try:
+            subprocess.run([*PYTEST, *workers, *map(str, CHECKS)], stdout=file, timeout=seconds, env=environment)
+        except subprocess.TimeoutExpired:
+            why = f"ended after {seconds:.0f} s"
+    text = log.read_text()
+    found = re.findall(
+        r"^(?:\[gw\d+\] .*(PASSED|FAILED|ERROR|SKIPPED)|tests/.* (PASSED|FAILED|ERROR|SKIPPED))", text, re.M
+    )
+    counts = Counter(a or b for a, b in found)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.*)", text, re.M) or ["a test"] * (counts["FAILED"] + counts["ERROR"])
+    line = {key.lower(): n for key, n in counts.items()} | {"seconds": round(time.perf_counter() - begin, 1)}
+    if not counts["PASSED"]:
+        failed.append("no test has passed")
+    report.add("checks", {**line, "why": why, "failed": failed})
+    print("checks", report.content["checks"][-1], flush=True)
 
 
 def sanitize(report, budget):
-    """A few calls of every kernel under each tool of compute-sanitizer."""
+    """A few calls of every kernel under each tool of compute-sanitizer, all tools at once."""
     program = shutil.which("compute-sanitizer")
-    for tool in TOOLS:
-        if program is None or budget.spent():
-            line = {"tool": tool, "errors": None, "why": "--seconds is used up" if program else "not on PATH"}
-        else:
-            command, path = pytest_command(report, tool, str(TESTS / "test_cuda_device.py"), "-k", "few_calls")
-            try:
-                run = subprocess.run([program, "--tool", tool, *command], capture_output=True, text=True, timeout=300)
-                found = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", run.stdout + run.stderr)
-                line = {"tool": tool, "errors": int(found[-1]) if found else None, "exit code": run.returncode}
-                if line["errors"] != 0 or run.returncode:
-                    line["output"] = (run.stdout + run.stderr)[-4000:]
-            except subprocess.TimeoutExpired:
-                line = {"tool": tool, "errors": None, "why": "more than 300 s"}
-            path.unlink(missing_ok=True)
+    runs = {}
+    for tool in TOOLS if program else ():
+        command = [program, "--tool", tool, *PYTEST, str(TESTS / "test_cuda_device.py"), "-k", "few_calls"]
+        log = report.path.with_suffix(f".{tool}.log")
+        runs[tool] = log, subprocess.Popen(command, stdout=open(log, "w"), stderr=subprocess.STDOUT)  # noqa: SIM115
+    if program is None:
+        report.add("sanitizer", {"tool": "compute-sanitizer", "errors": None, "why": "not on PATH"})
+    for tool, (log, run) in runs.items():
+        line = {"tool": tool, "errors": None}
+        try:
+            line["exit code"] = run.wait(max(1.0, budget.left()))
+        except subprocess.TimeoutExpired:
+            run.kill()
+            line["why"] = "--seconds is used up"
+        found = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", log.read_text())
+        line["errors"] = int(found[-1]) if found else None
         report.add("sanitizer", line)
-        print("sanitizer", {key: value for key, value in line.items() if key != "output"}, flush=True)
+        print("sanitizer", line, flush=True)
 
 
 # -- times -------------------------------------------------------------------------------------------------------
@@ -449,8 +441,11 @@ class Budget:
     def __init__(self, seconds):
         self.begin, self.seconds = time.perf_counter(), seconds
 
-    def spent(self, share=1.0):
-        return time.perf_counter() - self.begin > share * self.seconds
+    def left(self):
+        return self.begin + self.seconds - time.perf_counter()
+
+    def spent(self):
+        return self.left() < 0
 
 
 def smi():
@@ -505,7 +500,7 @@ class Report:
     def failed(self):
         """Names of what went wrong."""
         failed = [name for line in self.content["checks"] for name in line["failed"]]
-        return failed + [line["tool"] for line in self.content["sanitizer"] if line["errors"]]
+        return failed + [line["tool"] for line in self.content["sanitizer"] if line["errors"] or line.get("exit code")]
 
 
 def arguments(args=None):
