@@ -369,8 +369,10 @@ def copy_ahead(like, where, address, team):
 
 @twin(_memory.copy_ahead_part)
 def copy_ahead_part(like, where, address, team, left):
-    """Nothing is copied before it is awaited; `copies` of a thread are its rounds, the last one not ended."""
+    """Every second round is copied at once, the others not before they are awaited: so a place that is still to be read
+    shows, and a round that is not awaited. `copies` of a thread are its rounds, the last one not ended."""
     ring, place = _ring(where)
+    rounds, me = _copies(), simt.getcurrent()
     for g in range(WIDTH // per_load(like)):
         size = min(max(int(left) - 16 * int(team) * g, 0), 16)
         if size:
@@ -378,28 +380,36 @@ def copy_ahead_part(like, where, address, team, left):
             if at % 16:
                 raise simt.SimError(f"a copy from {at:#x}, which is no multiple of 16")
             source = MEMORY.view(at, size, dtype_of(like).itemsize)
-            _copies()[-1].append((ring, place + _memory.APART * g, source))
+            rounds[-1].append((ring, place + _memory.APART * g, source))
+    if me.rounds % 2:
+        _copy(rounds[-1])
+
+
+def _copy(pieces):
+    for ring, offset, source in pieces:
+        ring[offset : offset + 16] = 0
+        ring[offset : offset + source.size] = source
+    pieces.clear()
 
 
 def _copies():
     me = simt.getcurrent()
     if not hasattr(me, "copies"):
-        me.copies = [[]]
+        me.copies, me.rounds = [[]], 0
     return me.copies
 
 
 @twin(_memory.end_of_round)
 def end_of_round():
     _copies().append([])
+    simt.getcurrent().rounds += 1
 
 
 @twin(_memory.await_oldest)
 def await_oldest(like, capacity):
     rounds, under_way = _copies(), int(capacity) // (32 * WIDTH * dtype_of(like).itemsize) - 1
     while len(rounds) - 1 > under_way:
-        for ring, offset, source in rounds.pop(0):
-            ring[offset : offset + 16] = 0
-            ring[offset : offset + source.size] = source
+        _copy(rounds.pop(0))
 
 
 @twin(_memory.load_ring)

@@ -188,7 +188,7 @@ MUTANTS = {
         "cuda/_chunks.py",
         "                    await_oldest(like, capacity)\n                    total, best",
         "                    total, best",
-        "test_cuda.py::test_classes[2049-float32]",
+        "test_cuda.py::test_classes[7680-float32]",
     ),
     "CUDA: a ring of one round": (
         "cuda/_chunks.py",
@@ -198,7 +198,7 @@ MUTANTS = {
     ),
     "CUDA: bytes of the row after it": (
         "cuda/_chunks.py",
-        "    if end - p < 32 * team:\n        v = hide_from",
+        "    if end - p < LANES:\n        v = hide_from",
         "    if end - p < 0:\n        v = hide_from",
         "test_cuda.py::test_classes[1025-float32]",
     ),
@@ -212,7 +212,7 @@ MUTANTS = {
         "cuda/_chunks.py",
         "            while task < size and float_bits(room[0, task]) == 0:",
         "            while task < size and float_bits(room[0, task]) == 1:",
-        "test_cuda.py::test_rows_in_a_stream[1100-float32]",
+        "test_cuda.py::test_rows_in_a_stream[float32-1100]",
     ),
     "CUDA: a row index in 32 bits": (
         "cuda/_operands.py",
