@@ -362,21 +362,21 @@ def _ring(where):
     return RINGS[int(where) >> 20 << 20].view(np.uint8), int(where) & 0xFFFFF
 
 
-@twin(_memory.copy_ahead)
-def copy_ahead(like, where, address, team):
-    copy_ahead_part(like, where, address, team, 1 << 20)
+@twin(_memory.copy_ahead, _memory.copy_last)
+def copy_ahead(like, where, address):
+    copy_ahead_part(like, where, address, 1 << 20)
 
 
-@twin(_memory.copy_ahead_part)
-def copy_ahead_part(like, where, address, team, left):
+@twin(_memory.copy_ahead_part, _memory.copy_last_part)
+def copy_ahead_part(like, where, address, left):
     """Every second round is copied at once, the others not before they are awaited: so a place that is still to be read
     shows, and a round that is not awaited. `copies` of a thread are its rounds, the last one not ended."""
     ring, place = _ring(where)
     rounds, me = _copies(), simt.getcurrent()
     for g in range(WIDTH // per_load(like)):
-        size = min(max(int(left) - 16 * int(team) * g, 0), 16)
+        size = min(max(int(left) - _memory.APART * g, 0), 16)
         if size:
-            at = int(address) + 16 * int(team) * g
+            at = int(address) + _memory.APART * g
             if at % 16:
                 raise simt.SimError(f"a copy from {at:#x}, which is no multiple of 16")
             source = MEMORY.view(at, size, dtype_of(like).itemsize)

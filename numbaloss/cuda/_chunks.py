@@ -344,7 +344,7 @@ def copy_round(like, where, task, at, left, size, room):
     """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on (this thread's
     first load), have not been asked for. Gives (task, at, left) for the round after it."""
     if left >= round_bytes(like):
-        copy_ahead(like, where, at, WARP)
+        copy_ahead(like, where, at)
     else:
         if left <= 0:
             task = np.int32(task + 1)
@@ -355,7 +355,7 @@ def copy_round(like, where, task, at, left, size, room):
                 at = base + cuda.laneid * 16
                 left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
         if task < size:
-            copy_ahead_part(like, where, at, WARP, np.int32(left - cuda.laneid * 16))
+            copy_ahead_part(like, where, at, np.int32(left - cuda.laneid * 16))
     end_of_round()
     return task, at + round_bytes(like), np.int32(left - round_bytes(like))
 

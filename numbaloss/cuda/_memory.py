@@ -378,42 +378,53 @@ def _assembly(builder, code, operands="", args=()):
     builder.call(text, args)
 
 
-def _copy_ahead(builder, like, where, address, team, left=None):
-    """Copy this thread's loads of a round, of each at most the bytes that are left."""
-    far = builder.mul(team, _c32(16))
-    step = builder.sext(far, _I64)
+def _copy_ahead(builder, like, where, address, left=None, last=False):
+    """Copy this thread's loads of a round, of each at most the bytes that are left; the `last` time that they are read,
+    the second-level cache may forget them first."""
+    hint, operand, more = "", "", []
+    if last:
+        policy = ir.InlineAsm(ir.FunctionType(_I64, []), "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "=l")
+        hint, operand, more = ".L2::cache_hint", "l", [builder.call(policy, [])]
     for g in range(WIDTH // _per_load(like)):
-        to = builder.add(where, _c32(APART * g))
-        if left is None:
-            _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16;", "r,l", [to, address])
-        else:
-            some = builder.select(builder.icmp_signed("<", left, _c32(16)), left, _c32(16))
-            some = builder.select(builder.icmp_signed(">", some, _c32(0)), some, _c32(0))
-            _assembly(builder, "cp.async.cg.shared.global [$0], [$1], 16, $2;", "r,l,r", [to, address, some])
-            left = builder.sub(left, far)
-        address = builder.add(address, step)
+        args, letters = [builder.add(where, _c32(APART * g)), builder.add(address, ir.Constant(_I64, APART * g))], "rl"
+        if left is not None:
+            some = builder.sub(left, _c32(APART * g))
+            some = builder.select(builder.icmp_signed("<", some, _c32(16)), some, _c32(16))
+            args.append(builder.select(builder.icmp_signed(">", some, _c32(0)), some, _c32(0)))
+            letters += "r"
+        rest = "".join(f", ${i}" for i in range(2, len(args) + len(more)))
+        code = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{rest};"
+        _assembly(builder, code, ",".join(letters + operand), [*args, *more])
 
 
-@intrinsic
-def copy_ahead(typingctx, like, where, address, team):
-    """Start to copy what load_vector reads at `address` to this thread's places in a ring, the first at `where`."""
+def _copier(last):
+    """(copy_ahead, copy_ahead_part) for the first time that logits are read, or the last."""
 
-    def codegen(context, builder, sig, args):
-        _copy_ahead(builder, like, *args[1:])
-        return context.get_dummy_value()
+    @intrinsic
+    def copy(typingctx, like, where, address):
+        """Start to copy what load_vector reads at `address` to this thread's places in a ring, the first at `where`."""
 
-    return types.void(like, types.int32, types.int64, types.int32), codegen
+        def codegen(context, builder, sig, args):
+            _copy_ahead(builder, like, *args[1:], last=last)
+            return context.get_dummy_value()
+
+        return types.void(like, types.int32, types.int64), codegen
+
+    @intrinsic
+    def copy_part(typingctx, like, where, address, left):
+        """As copy_ahead, but of the bytes from `address` on only the first `left` are read."""
+
+        def codegen(context, builder, sig, args):
+            _copy_ahead(builder, like, *args[1:], last=last)
+            return context.get_dummy_value()
+
+        return types.void(like, types.int32, types.int64, types.int32), codegen
+
+    return copy, copy_part
 
 
-@intrinsic
-def copy_ahead_part(typingctx, like, where, address, team, left):
-    """As copy_ahead, but of the bytes from `address` on only the first `left` are read."""
-
-    def codegen(context, builder, sig, args):
-        _copy_ahead(builder, like, *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(like, types.int32, types.int64, types.int32, types.int32), codegen
+copy_ahead, copy_ahead_part = _copier(last=False)
+copy_last, copy_last_part = _copier(last=True)
 
 
 @intrinsic

@@ -30,8 +30,8 @@ from ._memory import (
     RING_ITEMS,
     anew,
     await_oldest,
-    copy_ahead,
-    copy_ahead_part,
+    copy_last,
+    copy_last_part,
     end_of_round,
     fill,
     load,
@@ -412,9 +412,9 @@ def copy_back(like, where, base, begin, classes, k, j, warps):
         at = base + (np.int64(k) * CHUNK + p) * item_size(like) + thread
         left = np.int32((begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK) - p) * item_size(like))
         if left >= round_bytes(like):
-            copy_ahead(like, where, at, WARP)
+            copy_last(like, where, at)
         else:
-            copy_ahead_part(like, where, at, WARP, np.int32(left - thread))
+            copy_last_part(like, where, at, np.int32(left - thread))
         k, j = round_before(begin, k, j, warps)
     end_of_round()
     return k, j
