@@ -313,10 +313,19 @@ def arguments_fit(case, ptx):
 
 ARCHS = ("sm_90", "sm_80", "sm_100")  # sm_80 takes sm_90's PTX
 NO_STACK = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-STACKS = {  # what there is nonetheless, of float64 alone
+STACKS = {  # what there is nonetheless: of float64, and on sm_80 where a chunk is summed again and where rows begin
     ("_entropy", "float64", "sm_80"): "8 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads",
     ("_dense_xent_grad", "float64", "sm_100"): "56 bytes stack frame, 112 bytes spill stores, 116 bytes spill loads",
+    ("_sparse_xent", "float32", "sm_80"): "40 bytes stack frame, 52 bytes spill stores, 168 bytes spill loads",
+    ("_chunk_sums", "float32", "sm_80"): "24 bytes stack frame, 36 bytes spill stores, 40 bytes spill loads",
+    ("_sparse_xent_grad", "float32", "sm_80"): "24 bytes stack frame, 48 bytes spill stores, 48 bytes spill loads",
 }
+for _dtype in ("float16", "bfloat16"):
+    STACKS |= {
+        ("_sparse_xent", _dtype, "sm_80"): "40 bytes stack frame, 72 bytes spill stores, 184 bytes spill loads",
+        ("_chunk_sums", _dtype, "sm_80"): "24 bytes stack frame, 44 bytes spill stores, 40 bytes spill loads",
+        ("_sparse_xent_grad", _dtype, "sm_80"): "48 bytes stack frame, 72 bytes spill stores, 80 bytes spill loads",
+    }
 ORDINARY = {*((dtype, "sm_90") for dtype in LIKE if dtype != "float16"), ("bfloat16", "sm_80")}  # the rest: minutes
 
 
@@ -366,11 +375,7 @@ def test_a_kernel_among_others():
 
 
 CLASSES = 32  # of a thread in a round of the inner loop
-LIMITS = {  # instructions a class: 3 % above what they are
-    "sm_80": {"float16": 13.8, "bfloat16": 13.8, "float32": 12.9},
-    "sm_90": {"float16": 13.5, "bfloat16": 13.5, "float32": 12.6},
-    "sm_100": {"float16": 13.5, "bfloat16": 13.5, "float32": 12.6},
-}
+LIMITS = {"float16": 13.4, "bfloat16": 13.4, "float32": 13.7}  # instructions a class: 3 % above what they are
 FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64")
 SLOW = re.compile(FLOAT64.pattern + "|MUFU|LDL|STL|CALL")  # and approximations, local memory
 
@@ -404,7 +409,7 @@ def test_the_inner_loop(dtype, arch, name):
     assert loop.count("LDS.128") == loop.count("LDGSTS.E.BYPASS.128") == CLASSES * SIZE[dtype] // 16
     assert [op for op in loop if op.startswith("LDG.") or SLOW.match(op)] == []
     assert any(SLOW.match(op) for op in opcodes_of(text))  # elsewhere there are some
-    assert count / CLASSES <= LIMITS[arch][dtype]
+    assert count / CLASSES <= LIMITS[dtype]
 
 
 @each_case("float16", "bfloat16", "float32")
