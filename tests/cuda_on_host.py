@@ -593,6 +593,24 @@ def grad_of(x, m, low, factor):
     return out
 
 
+_scalar_softmax = scalar_twin(_typed.softmax_of)
+
+
+@njit(error_model="numpy")
+def _softmax_each(x, largest, m, low, shift, scale, top, out):
+    for i in range(out.size):
+        out[i] = _typed.softmax_of(x[i], largest, m, low, shift, scale, top)
+
+
+@twin(_typed.softmax_of)
+def softmax_of(x, *frame):
+    if not isinstance(x, np.ndarray):
+        return _scalar_softmax(x, *frame)
+    out = np.empty_like(x)
+    _softmax_each(x, *frame, out)
+    return out
+
+
 def _spread(like, *operands):
     return [x if isinstance(x, np.ndarray) else np.full(like.size, x, like.dtype) for x in operands]
 
@@ -699,3 +717,16 @@ def entry(term, x, y, frame, mean, scale):
 @twin(_divergence_scalar.two_frames)
 def two_frames(p, q, shift):
     return tuple(map(type(p[0]), _divergence_scalar.two_frames(p, q, shift)))
+
+
+# -- items of vectors ----------------------------------------------------------------------------------------------
+
+
+@twin(_memory.item_of)
+def item_of(v, k):
+    return v[k]
+
+
+@twin(_memory.first_item)
+def first_item(v, x):
+    return np.int32(np.argmax(v == x) if (v == x).any() else v.size)

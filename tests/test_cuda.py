@@ -227,6 +227,32 @@ def test_16_bits_far_apart(dtype, scale):
     check(none, x, np.array([1]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes, rows", [(1, 40), (6, 300), (7, 300), (32, 290), (64, 33), (65, 33), (128, 70)])
+def test_few_classes(classes, rows, dtype):
+    """[1, 2, 12] More than a block's rows; equal logits, zeros of either sign, NaN, infinities; between boundaries."""
+    for offset in (0, 1, 3):
+        x, y = make_logits(rows, classes + offset, dtype, seed=offset)[:, offset:], make_labels(rows, classes)
+        x[::3] = np.arange(classes) % 3 - 2
+        x[1], x[2, classes // 2], x[4, -1], x[5, 0], x[7], x[8, 0] = -INF, NAN, INF, -INF, -0.0, -NAN
+        x[10, ::2] = 0
+        y[-1], y[-2] = -100, classes
+        check_all(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [130, 1025, 8200, 33_000])
+def test_equal_logits(classes, dtype):
+    """The first of the largest is the one that a sum leaves out, in whichever round or chunk it is."""
+    for offset in (0, 3):
+        x = make_logits(6, classes + offset, dtype)[:, offset:]
+        x[0], x[1], x[2], x[3, -1] = np.arange(classes) % 7 - 9, -0.0, np.arange(classes) % 2 * 0.0 - 0.0, 7
+        x[4, classes // 3 :: classes // 5], x[5, :: classes // 2] = 9, NAN
+        check(scores, x[:4], make_labels(4, classes))
+        for function in (nl.logsumexp, nl.softmax, nl.log_softmax):
+            check(function, x)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("unaligned", "big-endian", "read-only")])
 def test_layouts(layout):
     """[12] CuPy views; inputs are not written."""
@@ -624,6 +650,8 @@ def test_kernels_of_a_call():
         (["_short_sparse_xent", "_scale"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights, reduction="none")),
         (["_narrow_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x[:, :100], np.minimum(y, 99))),
         (["_score"], lambda: on_cupy(nl.score_tokens, x, y, rank=True)),
+        (["_narrow_score"], lambda: on_cupy(nl.score_tokens, x[:, :100], np.minimum(y, 99), rank=True, entropy=True)),
+        (["_narrow_logsumexp"], lambda: on_cupy(nl.logsumexp, x[:, :100])),
         (["_score", "_entropy"], lambda: on_cupy(nl.score_tokens, x, y, entropy=True)),
         (["_score", "_add_tokens"], lambda: ConvertedEvaluation().update(x, y)),
         (["_chunk_sums", "_join_sums"], lambda: on_cupy(nl.token_logprobs, wide, y[:1])[:0]),

@@ -69,6 +69,8 @@ def signatures(like, rows):
         "_narrow_sparse_xent": (I64, I64, like, ROWS, *labels, I64),
         "_narrow_sparse_xent_grad": (I64, I64, like, ROWS, *labels, I64, I64, like, ROWS),
         "_narrow_normalize": (I64, I64, like, ROWS, I64, I64),
+        "_narrow_score": (I64, I64, like, ROWS, *labels, I64, I64, I64, I64, I64),
+        "_narrow_logsumexp": (I64, I64, like, ROWS, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
         "_entropy": (I64, like, rows, I64, I64, I64, I64),
         "_logsumexp": (I64, like, rows, I64),
@@ -423,6 +425,17 @@ def test_the_only_round(dtype, arch):
     assert [op for op in near + far if SLOW.match(op)] == []
     assert len(near) / CLASSES <= 11.5
     assert len(far) - len(near) >= CLASSES - 2
+
+
+@each_case(*LIKE)
+def test_softmax_is_written_16_bytes_at_a_time(dtype, arch):
+    """In the loop that takes the exponentials; and rows of few classes are read so."""
+    codes, size = machine_code(dtype, arch), 8 if dtype == "float64" else 4
+    loops = inner_loops(codes["_normalize"].text)
+    assert max(loop.count("STG.E.128") for loop in loops) == CLASSES * size // 16
+    for name in codes:
+        if name.startswith("_narrow"):
+            assert "LDG.E.128" in opcodes_of(codes[name].text), name
 
 
 FUSED = re.compile(r"\bfma\.rn\.f(?:32|64)\b")

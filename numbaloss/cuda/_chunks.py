@@ -535,3 +535,14 @@ def _sum_chunks(like, stride, size, room, ring, capacity):
             like, np.int64(item_size(like)), size, room, ring, capacity
         )
     return lambda like, stride, size, room, ring, capacity: sum_apart(like, stride, size, room, ring, capacity)
+
+
+@device
+def thread_largest(v):
+    """The largest item of a Vector; where one is NaN, that or another."""
+    a, b = halves(v)
+    a2, b2 = halves(at_least(a, b))
+    a3, b3 = halves(at_least(a2, b2))
+    a4, b4 = halves(at_least(a3, b3))
+    a5, b5 = halves(at_least(a4, b4))
+    return at_least(a5, b5)

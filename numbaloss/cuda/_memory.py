@@ -764,3 +764,27 @@ def unless_zero(typingctx, label, v, otherwise):
         return builder.select(builder.fcmp_ordered("==", args[0], zero), args[2], args[1])
 
     return v(label, v, v), codegen
+
+
+@intrinsic
+def item_of(typingctx, v, k):
+    """Item k of a Vector, for a k that the compiler gets to know."""
+
+    def codegen(context, builder, sig, args):
+        return builder.extract_element(args[0], builder.trunc(args[1], _I32))
+
+    return v.dtype(v, types.int64), codegen
+
+
+@intrinsic
+def first_item(typingctx, v, x):
+    """The first item of a Vector that equals x, or how many there are."""
+
+    def codegen(context, builder, sig, args):
+        first = _c32(v.width)
+        for k in reversed(range(v.width)):
+            here = builder.fcmp_ordered("==", builder.extract_element(args[0], _c32(k)), args[1])
+            first = builder.select(here, _c32(k), first)
+        return first
+
+    return types.int32(v, v.dtype), codegen

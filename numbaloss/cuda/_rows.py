@@ -14,17 +14,18 @@ from .._typed import compute_zero, item_size, key_value, number, widen
 from ._chunks import (
     NO_GUESS,
     WARP,
-    chunk_max,
     chunk_moment,
     chunk_sum,
     first_position,
+    guess_after,
     load_step,
     sum_chunks,
+    thread_largest,
     warp_max,
     warp_sum,
 )
 from ._launch import cuda, device
-from ._memory import anew, count_larger, load, thread_anew
+from ._memory import anew, count_larger, first_item, load, thread_anew
 from ._operands import item_place
 
 PARTS = 256  # chunks that a team joins at a time
@@ -194,13 +195,15 @@ def score_row(like, rows, address, skip, target, ranked, room):
     sum without the class `skip`, or, for a skip of -1, without the largest.
 
     The first pass takes the maximum and the sum of a chunk while it is in the caches; the second one sums the chunk
-    that holds the largest once more, without it. Of rows with more than PARTS - 1 chunks the second pass sums all.
+    that holds the largest once more, without it. Where that is left out and each warp has one chunk at most, and in
+    rows with more than PARTS - 1 chunks, the second pass sums all: it takes no longer.
     """
     stride, classes = class_stride(like, rows), rows[5]
     _, warp, warps = team_of(classes)
     chunks, larger = np.int32((classes + CHUNK - 1) // CHUNK), np.int64(0)
-    at_once = chunks < PARTS and (chunks > 1 or skip >= 0)
-    best, found, where, s, c = np.int64(ordered_bits(number(like, -np.inf))), np.int32(0), np.int64(-1), 0.0, -np.inf
+    at_once = chunks < PARTS and (chunks > TEAMS or skip >= 0)
+    best, start, where, s, c = np.int64(ordered_bits(number(like, -np.inf))), np.int64(0), np.int64(-1), 0.0, -np.inf
+    found, guess = np.int32(0), NO_GUESS
     for again in range(2):
         first = np.int32(0)
         while first < chunks:
@@ -209,13 +212,14 @@ def score_row(like, rows, address, skip, target, ranked, room):
                 begin = np.int64(first + k - 1) * CHUNK
                 at, size = address + begin * stride, min(np.int64(CHUNK), classes - begin)
                 if not again:
-                    key = chunk_max(like, at, stride, size, np.int64(-1))
+                    key, place = chunk_largest(like, at, stride, size)
+                    guess = guess_after(np.float64(key_value(compute_zero(like), key)))
                     if key > best:
-                        best, found = key, np.int32(first + k - 1)
+                        best, start = key, begin + place
                     if ranked:
                         larger += chunk_rank(like, at, stride, size, target)
                 if at_once != again or (skip < 0 and first + k - 1 == found):
-                    s, c = chunk_sum(like, at, stride, size, (skip if skip >= 0 else where) - begin, NO_GUESS)
+                    s, c = chunk_sum(like, at, stride, size, (skip if skip >= 0 else where) - begin, guess)
                     if cuda.laneid == 0 and warps > 1:
                         room[0, k], room[1, k] = s, c
                 k = np.int32(k + warps)
@@ -224,10 +228,11 @@ def score_row(like, rows, address, skip, target, ranked, room):
             first = np.int32(first + PARTS - 1)
         if not again:
             key = team_max(best, classes, room)
-            found = np.int32(-team_max(-np.int64(found if best == key else chunks), classes, room))
-            value, begin = key_value(compute_zero(like), key), np.int64(found) * CHUNK
-            where = first_equal(like, rows, address, begin, value, room)
-            where = where if where < classes else begin
+            start = -team_max(-(start if best == key else classes), classes, room)
+            value = key_value(compute_zero(like), key)
+            where, found = round_place(like, rows, address, start, value), np.int32(start // CHUNK)
+            if chunks > TEAMS:
+                guess = guess_after(np.float64(value)) if at_once else NO_GUESS
     if warps > 1:
         s, c = joined(room)
     return s, c, value, where, team_sum(larger, classes, room)
@@ -322,3 +327,32 @@ def part_moments(like, rows, address, begin, skip):
         s, c = s * exp_64(c - np.float64(shift)), np.float64(shift)
         b = chunk_moment(like, at, stride, size, skip - begin, shift)
     return s, c, b
+
+
+@device
+def chunk_largest(like, address, stride, size):
+    """(key of the largest logit of a chunk, where the round of the warp begins that holds the first one)."""
+    base, begin = first_position(like, address, stride)
+    end, best, where = np.int32(begin + size), number(like, -np.inf), np.int32(0)
+    for p in range(np.int32(0), end, np.int32(LANES)):
+        high = thread_largest(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP))
+        if high > best or high != high:
+            best, where = high, p
+    key = np.int64(ordered_bits(best + compute_zero(like)))  # 0 for -0
+    largest = warp_max(key)
+    first = -warp_max(np.int64(-where if key == largest else -end))
+    return largest, max(first - begin, np.int64(0))
+
+
+@device
+def round_place(like, rows, address, start, value):
+    """The first class from `start` on, where a round of the warp begins, with this logit; `start` if it is NaN or
+    -inf."""
+    stride, chunk = class_stride(like, rows), np.int64(start) // CHUNK * CHUNK
+    base, begin = first_position(like, address + chunk * stride, stride)
+    end, p = np.int32(begin + min(np.int64(CHUNK), rows[5] - chunk)), np.int32(start - chunk + begin) & -LANES
+    k = first_item(load_step(like, base, stride, np.int32(p), begin, end, np.int32(-1), WARP), value)
+    n = np.int32(16 // item_size(like))
+    position = np.int64(p + cuda.laneid * n + k // n * 32 * n + k % n)
+    place = -warp_max(-(position if k < 32 else np.int64(end)))
+    return chunk + place - begin if value > -np.inf and place < end else start

@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._intrinsics import bits_float, float_bits
+from .._intrinsics import bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
 from ._chunks import (
@@ -22,7 +22,23 @@ from ._chunks import (
     rounds_in,
     sum_chunks,
 )
-from ._columns import ROOM_32, ROOM_64, bring_rows, few_sum, room_of, threads_of
+from ._columns import (
+    ROOM_32,
+    ROOM_64,
+    bring_rows,
+    few_larger,
+    few_largest,
+    few_max,
+    few_moments,
+    few_nan,
+    few_sum,
+    inverse_of,
+    place_of,
+    room_of,
+    row_before,
+    take_rows,
+    threads_of,
+)
 from ._launch import cuda, device, kept, kernel, launch, processors
 from ._memory import (
     GRAD_RING,
@@ -457,7 +473,7 @@ def _narrow_sparse_xent(items, pitch, like, rows, labels, weights, ignore_index,
     room = room_of(like, room_32, room_64)
     bring_rows(like, rows, first, size, pitch, room)
     if thread < size:
-        r, at = first + thread, thread * pitch
+        r, at = first + thread, place_of(thread, pitch)
         s, c, x = 0.0, -np.inf, 0.0
         if counts(r, labels, weights, ignore_index):
             y = label_at(labels, r)
@@ -465,7 +481,7 @@ def _narrow_sparse_xent(items, pitch, like, rows, labels, weights, ignore_index,
             if 0 <= y < classes:
                 x = np.float64(room[at + y])
                 room[at + y] = number(like, -np.inf)
-                s, c = few_sum(like, room, at, classes)
+                s, c = few_sum(like, room, at, np.int32(classes), few_max(like, room, at, np.int32(classes)), at)
         store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
 
 
@@ -488,7 +504,7 @@ def _narrow_sparse_xent_grad(
     room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
     room = room_of(like, room_32, room_64)
     bring_rows(like, rows, first, size, pitch, room)
-    r, at, zero, looked_at = first + thread, thread * pitch, compute_zero(like), False
+    r, at, zero, looked_at = first + thread, place_of(thread, pitch), compute_zero(like), False
     y, s, c, x, g = np.int64(-1), 0.0, -np.inf, 0.0, 0.0
     if thread < size:
         looked_at = counts(r, labels, weights, ignore_index)
@@ -497,21 +513,27 @@ def _narrow_sparse_xent_grad(
             if 0 <= y < classes:
                 x = np.float64(room[at + y])
                 room[at + y] = number(like, -np.inf)
-                s, c = few_sum(like, room, at, classes)
+                s, c = few_sum(like, room, at, np.int32(classes), few_max(like, room, at, np.int32(classes)), at)
         store(loss + r * item_size(zero), loss_of(like, s, c, x))
     m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, g)
     cuda.syncthreads()
     bring_rows(like, rows, first, size, pitch, room)
     if thread < size:
-        for j in range(classes):
-            room[at + j] = grad_of(room[at + j] - shift, m, low, factor) if looked_at else zero
+        k, end = at, np.int32(at + classes)
+        while k < end:
+            g = grad_of(room[np.uint64(k)] - shift, m, low, factor)
+            room[np.uint64(k)] = select(looked_at, g, zero)
+            k = np.int32(k + 1)
         if 0 <= y < classes:
             room[at + y] = entry
     cuda.syncthreads()
-    for k in range(thread, size * classes, np.int64(cuda.blockDim.x)):
-        i = np.int64(np.int32(k) // np.int32(classes))
-        j = k - i * classes
-        store_item(like_grad, row_address(grad_rows, first + i) + j * grad_rows[4], room[i * pitch + j])
+    k, count, inverse = np.int32(thread), np.int32(classes), inverse_of(classes)
+    while k < size * classes:
+        i = row_before(k, inverse)
+        j = np.int32(k - i * count)
+        at = row_address(grad_rows, first + i) + j * grad_rows[4]
+        store_item(like_grad, at, room[np.uint64(place_of(i, pitch) + j)])
+        k = np.int32(k + cuda.blockDim.x)
 
 
 def narrow_normalize(work, items, like, rows, logarithm, out):
@@ -531,15 +553,12 @@ def _narrow_normalize(items, pitch, like, rows, logarithm, out):
     room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
     room = room_of(like, room_32, room_64)
     bring_rows(like, rows, first, size, pitch, room)
-    at, largest, u, log1p_u = thread * pitch, number(like, -np.inf), 0.0, 0.0
+    at, count, largest, u, log1p_u = place_of(thread, pitch), np.int32(classes), number(like, -np.inf), 0.0, 0.0
     if thread < size:
-        where = np.int64(0)
-        for j in range(classes):
-            if room[at + j] > largest:
-                largest, where = room[at + j], np.int64(j)
-        x = np.float64(room[at + where])
-        room[at + where] = number(like, -np.inf)
-        s, c = few_sum(like, room, at, classes)
+        largest, where, others = few_largest(like, room, at, count)
+        room[np.uint64(at + where)] = number(like, -np.inf)
+        s, c = few_sum(like, room, at, count, others, at)
+        x = np.float64(largest)
         u = others_to_target(s, c, x, full)
         log1p_u = target_loss(u, s, c, x, full)
     cuda.syncthreads()
@@ -547,14 +566,103 @@ def _narrow_normalize(items, pitch, like, rows, logarithm, out):
     if thread < size:
         loss = number(like, log1p_u)
         m, low, shift, scale, top = softmax_frame(largest, u, loss)
-        for j in range(classes):
-            x = room[at + j]
-            room[at + j] = (x - largest) - loss if logarithm else softmax_of(x, largest, m, low, shift, scale, top)
+        k, end = at, np.int32(at + count)
+        while k < end:
+            x = room[np.uint64(k)]
+            value = (x - largest) - loss if logarithm else softmax_of(x, largest, m, low, shift, scale, top)
+            room[np.uint64(k)] = value
+            k = np.int32(k + 1)
     cuda.syncthreads()
-    for k in range(thread, size * classes, np.int64(cuda.blockDim.x)):
-        i = np.int32(k) // np.int32(classes)
-        value = room[i * pitch + (k - i * classes)]
-        store(out + (first * classes + k) * item_size(compute_zero(like)), value)
+    take_rows(like, size, classes, pitch, room, out + first * classes * item_size(compute_zero(like)))
+
+
+def score_threads(like, classes):
+    """threads_of for rows with room for half of their lanes; (0, _) where narrow_score would have too few threads."""
+    if classes > NARROW:
+        return 0, 0
+    return threads_of(like, classes + max(1, 1 << (classes - 1).bit_length() >> 1))
+
+
+def narrow_score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
+    """As score, for few classes."""
+    threads, pitch = score_threads(like, rows[5])
+    fields = (address(x) for x in (logprob, lse, argmax, rank, entropy))
+    arguments = items, pitch, like, rows, operand(labels), operand(weights), ignore_index, *fields
+    return launch(_narrow_score.of(like), -(-items // threads), threads, logprob, *arguments)
+
+
+@kernel(256)
+def _narrow_score(items, pitch, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
+    """A thread takes a row from shared memory, where it has room for half of the lanes behind the row."""
+    classes, thread = rows[5], np.int64(cuda.threadIdx.x)
+    first = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
+    size = min(np.int64(cuda.blockDim.x), items - first)
+    full, low = item_size(like) == 8, number(like, -np.inf)
+    room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
+    room = room_of(like, room_32, room_64)
+    bring_rows(like, rows, first, size, pitch, room)
+    if thread < size:
+        r, at, count = first + thread, place_of(thread, pitch), np.int32(classes)
+        to, y, where, larger, value = np.int32(at + count), np.int64(-1), np.int32(-1), np.int32(-1), number(like, 0.0)
+        if counts(r, labels, weights, ignore_index):
+            y, value = label_at(labels, r), number(like, np.nan)
+        row_lse, spread = value, value
+        if 0 <= y < classes:
+            target = room[at + y]
+            room[at + y] = low
+            s, c = few_sum(like, room, at, count, few_max(like, room, at, count), to)
+            room[at + y] = target
+            x = np.float64(target)
+            u = others_to_target(s, c, x, full)
+            loss = target_loss(u, s, c, x, full)
+            value, row_lse = number(like, 0.0 - loss), number(like, target_lse(u, s, c, x, loss, full))
+            largest, where, others = few_largest(like, room, at, count)
+            if loss != loss:  # a row that is all -inf or holds +inf or NaN
+                nan = few_nan(room, at, count)
+                where = nan if nan >= 0 else where
+                row_lse = largest if nan < 0 else number(like, np.nan)
+            if rank != 0:
+                larger = few_larger(room, at, count, target)
+            if entropy != 0:
+                spread = number(like, np.nan)
+                if -np.inf < row_lse < np.inf:
+                    room[np.uint64(at + where)] = low
+                    s, c, b = few_moments(like, room, at, count, others, to)
+                    spread = number(like, row_entropy(s, c, b, np.float64(largest), full))
+        put(like, r, value, row_lse, np.int64(where), np.int64(larger), logprob, lse, argmax, rank)
+        if entropy != 0:
+            store(entropy + r * item_size(compute_zero(like)), spread)
+
+
+def narrow_logsumexp(items, like, rows, lse):
+    """As logsumexp, for up to NARROW classes."""
+    threads, pitch = threads_of(like, rows[5])
+    arguments = items, pitch, like, rows, address(lse)
+    return launch(_narrow_logsumexp.of(like), -(-items // threads), threads, lse, *arguments)
+
+
+@kernel(256)
+def _narrow_logsumexp(items, pitch, like, rows, lse):
+    """A thread takes a row from shared memory."""
+    classes, thread = rows[5], np.int64(cuda.threadIdx.x)
+    first = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
+    size = min(np.int64(cuda.blockDim.x), items - first)
+    full = item_size(like) == 8
+    room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
+    room = room_of(like, room_32, room_64)
+    bring_rows(like, rows, first, size, pitch, room)
+    if thread < size:
+        at, count = place_of(thread, pitch), np.int32(classes)
+        largest, where, others = few_largest(like, room, at, count)
+        nan = few_nan(room, at, count)
+        room[np.uint64(at + where)] = number(like, -np.inf)
+        s, c = few_sum(like, room, at, count, others, at)
+        x = np.float64(largest + compute_zero(like))  # 0 for -0
+        log1p_u = target_loss(others_to_target(s, c, x, full), s, c, x, full)
+        value = x + log1p_u
+        if log1p_u != log1p_u:
+            value = np.nan if nan >= 0 else x
+        store(lse + (first + thread) * item_size(compute_zero(like)), number(like, value))
 
 
 # -- scores, logsumexp, softmax ----------------------------------------------------------------------------------
@@ -562,6 +670,8 @@ def _narrow_normalize(items, pitch, like, rows, logarithm, out):
 
 def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
     """What a row tells of its target; `rank` and `entropy` are arrays, or None."""
+    if score_threads(like, rows[5])[0]:
+        return narrow_score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy)
     rows = with_known_stride(like, rows)
     fields = (address(x) for x in (logprob, lse, argmax, rank))
     arguments = items, like, rows, operand(labels), operand(weights), ignore_index, *fields
@@ -645,6 +755,8 @@ def plain_lse(like, rows, address, room):
 
 def logsumexp(work, items, like, rows, lse):
     """lse[r] = log(sum(exp(row r)))."""
+    if rows[5] <= NARROW:
+        return narrow_logsumexp(items, like, rows, lse)
     rows = with_known_stride(like, rows)
     return launch(_logsumexp.of(like), *teams(items, rows[5]), lse, items, like, rows, address(lse))
 
@@ -666,18 +778,35 @@ def normalize(work, items, like, rows, logarithm, out):
     return launch(_normalize.of(like), *teams(items, rows[5]), out, items, like, rows, int(logarithm), address(out))
 
 
-@kernel(THREADS)
+@kernel(THREADS, 4, 4, 2)
 def _normalize(items, like, rows, logarithm, out):
     """A team reads a row three times, twice from the caches, and writes it side by side."""
     room = cuda.shared.array((3, PARTS), types.float64)
-    stride, classes, size = class_stride(like, rows), rows[5], item_size(compute_zero(like))
+    stride, classes, zero = class_stride(like, rows), rows[5], compute_zero(like)
     r, warp, warps = team_of(classes)
-    if r < items:
-        address = row_address(rows, r)
-        largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
-        loss = number(like, log1p_u)
-        m, low, shift, scale, top = softmax_frame(largest, u, loss)
-        for j in range(warp * 32 + cuda.laneid, classes, warps * 32):
-            x = widen(load(like, address + j * stride))
-            value = (x - largest) - loss if logarithm else softmax_of(x, largest, m, low, shift, scale, top)
-            store(out + (r * classes + j) * size, value)
+    if r >= items:
+        return
+    address = row_address(rows, r)
+    largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
+    loss = number(like, log1p_u)
+    frame = softmax_frame(largest, u, loss)
+    base, begin = first_position(like, address, stride)
+    end, p = begin + classes, np.int64(warp) * LANES
+    while p < end:
+        near = np.int32(min(end - p, np.int64(LANES)))  # as in _sparse_xent_grad
+        before = np.int32(begin) if p == 0 else np.int32(0)
+        position = np.int32(cuda.laneid * (16 // item_size(like)))
+        to = out + (r * classes + p - begin + position) * item_size(zero)
+        x = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
+        v = normalized(x, largest, loss, logarithm, frame)
+        store_part(like, zero, to, np.int64(item_size(zero)), position, before, near, v)
+        p += warps * LANES
+
+
+@device
+def normalized(x, largest, loss, logarithm, frame):
+    """Entries of a softmax with this frame, or their logarithms."""
+    if logarithm:
+        return (x - largest) - loss
+    m, low, shift, scale, top = frame
+    return softmax_of(x, largest, m, low, shift, scale, top)
