@@ -535,6 +535,21 @@ def test_a_total_rounds_once():
             check_total(np.array([-1.0, -3 * 2.0**-53, tail]), None, NOTHING)
 
 
+@pytest.mark.parametrize("kind", ["losses", "all exponents", "apart and back", "a NaN"])
+def test_row_totals_of_any_numbers(kind):
+    """Along either axis; a weight of 0 hides a NaN."""
+    values, weights = numbers(kind, 600), np.resize([1.0, 0.5, -1e-30, 3.0, 0.0], 600)
+    for count, row_step, step in ((200, 200, 1), (200, 1, 3), (3, 3, 1)):
+        rows, results = 600 // count, []
+        for module, convert in ((cpu_totals, np.asarray), (cuda_totals, host.to_cupy)):
+            out = [convert(np.empty(rows)), convert(np.empty(rows))]
+            given = convert(values), convert(weights), count, row_step, step, FACTORS
+            module.row_totals(600, rows, *given, *out)
+            results.append([host.results(x) for x in out])
+        for expected, got in zip(*results):
+            assert_same_bits(got, expected)
+
+
 def check_total(values, weights, divisor):
     if weights is not None:
         weights = np.where(np.isfinite(weights), weights, 2.0)
@@ -576,9 +591,7 @@ def test_sequence_loss(flags):
     for w in (weights, np.asfortranarray(weights), np.zeros((11, 7))):
         check(nl.sequence_loss, x, y, w, **flags)
     wide = numbers("apart and back", 400)[-77:].reshape(11, 7)
-    wide, hidden = np.where(np.arange(7) == 3, wide, weights), x.astype(np.float64)
-    hidden[4, 5] = NAN
-    check(nl.sequence_loss, hidden, y, wide, **flags)
+    check(nl.sequence_loss, x.astype(np.float64), y, np.where(np.arange(7) == 3, wide, weights), **flags)
     soft = np.full(x.shape, 0.05, np.float32)
     check(nl.sequence_loss, x, soft, weights, **flags)
     check(nl.sequence_loss, x[:0], y[:0], weights[:0], **flags)
