@@ -387,7 +387,6 @@ def copy_ahead_part(like, where, address, left):
 
 def _copy(pieces):
     for ring, offset, source in pieces:
-        ring[offset : offset + 16] = 0
         ring[offset : offset + source.size] = source
     pieces.clear()
 

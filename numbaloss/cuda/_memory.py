@@ -380,21 +380,34 @@ def _assembly(builder, code, operands="", args=()):
 
 def _copy_ahead(builder, like, where, address, left=None, last=False):
     """Copy this thread's loads of a round, of each at most the bytes that are left; the `last` time that they are read,
-    the second-level cache may forget them first."""
-    hint, operand, more = "", "", []
+    the second-level cache may forget them first. Less than a load is stored item by item: an instruction that copies
+    less reads 16 bytes for the memory checker."""
+    hint, letters, more = "", "r,l", []
     if last:
         policy = ir.InlineAsm(ir.FunctionType(_I64, []), "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "=l")
-        hint, operand, more = ".L2::cache_hint", "l", [builder.call(policy, [])]
+        hint, letters, more = ".L2::cache_hint", "r,l,l", [builder.call(policy, [])]
+    code = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{', $2' if last else ''};"
     for g in range(WIDTH // _per_load(like)):
-        args, letters = [builder.add(where, _c32(APART * g)), builder.add(address, ir.Constant(_I64, APART * g))], "rl"
-        if left is not None:
-            some = builder.sub(left, _c32(APART * g))
-            some = builder.select(builder.icmp_signed("<", some, _c32(16)), some, _c32(16))
-            args.append(builder.select(builder.icmp_signed(">", some, _c32(0)), some, _c32(0)))
-            letters += "r"
-        rest = "".join(f", ${i}" for i in range(2, len(args) + len(more)))
-        code = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{rest};"
-        _assembly(builder, code, ",".join(letters + operand), [*args, *more])
+        to, at = builder.add(where, _c32(APART * g)), builder.add(address, ir.Constant(_I64, APART * g))
+        if left is None:
+            _assembly(builder, code, letters, [to, at, *more])
+        else:
+            with builder.if_then(builder.icmp_signed(">=", left, _c32(APART * g + 16))):
+                _assembly(builder, code, letters, [to, at, *more])
+    if left is None:
+        return
+    size, rest = like.bitwidth // 8, builder.and_(left, _c32(APART - 1))
+    partial = builder.and_(builder.icmp_signed(">", left, _c32(0)), builder.icmp_signed("<", rest, _c32(16)))
+    with builder.if_then(partial):
+        before = builder.sub(left, rest)
+        to, at = builder.add(where, before), builder.add(address, builder.sext(before, _I64))
+        for k in range(_per_load(like) - 1):
+            with builder.if_then(builder.icmp_signed(">", rest, _c32(k * size))):
+                item = builder.load(
+                    _pointer(builder, builder.add(at, ir.Constant(_I64, k * size)), _item(like)), align=size
+                )
+                place = builder.inttoptr(builder.add(to, _c32(k * size)), _item(like).as_pointer(3))
+                builder.store(item, place, align=size)
 
 
 def _copier(last):
