@@ -778,7 +778,7 @@ def normalize(work, items, like, rows, logarithm, out):
     return launch(_normalize.of(like), *teams(items, rows[5]), out, items, like, rows, int(logarithm), address(out))
 
 
-@kernel(THREADS, 4, 4, 2)
+@kernel(THREADS, 3, 3, 2)
 def _normalize(items, like, rows, logarithm, out):
     """A team reads a row three times, twice from the caches, and writes it side by side."""
     room = cuda.shared.array((3, PARTS), types.float64)
