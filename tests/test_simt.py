@@ -209,6 +209,11 @@ def test_vectors(dtype):
     for count in range(n):
         hidden = stored(njit(lambda zero, a, c: _memory.hide_first(zero, load_all(zero, a), c)), zero)
         assert np.array_equal(bits(hidden(zero, where, np.int32(count))), bits(host.hide_first(zero, vector(), count)))
+    hide_from = stored(njit(lambda zero, a, k, team: _memory.hide_from(zero, load_all(zero, a), k, team)), zero)
+    for team in (1, 8, 32):
+        for k in (-3, 0, 1, n, n + 1, 5 * team, WIDTH * team - 1, WIDTH * team):
+            got = hide_from(zero, where, np.int32(k), np.int32(team))
+            assert np.array_equal(bits(got), bits(host.hide_from(zero, vector(), k, team)))
     nothing = stored(njit(lambda zero: _memory.zeros(zero)), zero)
     assert np.array_equal(bits(nothing(zero)), bits(host.zeros_like(zero)))
     fold = stored(njit(lambda zero, a: _memory.fold_loads(zero, load_all(zero, a))), zero, n)
@@ -231,6 +236,17 @@ def test_vectors(dtype):
     )
     x[1:3] = [0, -0.0]
     assert np.array_equal(bits(pick(zero, where)), bits(host.unless_zero(vector(), vector(), host.zeros_like(zero))))
+
+
+def test_pairs_of_bfloat16():
+    """The least bfloat16 above a number, twice in a word. What takes max.bf16x2 runs on a device only."""
+    pair = njit(lambda like, x: _memory.pair_above(like, x))
+    like = np.uint16(0)
+    for x in (0, -0.0, 1, -1, 1.001, -1.001, 255.5, -255.5, -88.1, 3e-40, -3e-40, -np.inf, np.inf):
+        got, want = pair(like, np.float32(x)), host.pair_above(like, np.float32(x))
+        assert np.int32(got) == want, (x, hex(got), hex(want))
+        low, high = host._pair(want, like)
+        assert low == high >= np.float32(x)
 
 
 def test_scalars_keep_their_types():
