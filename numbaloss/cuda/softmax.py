@@ -77,6 +77,8 @@ from ._rows import (
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 SHORT_RESIDENT, RESIDENT = 32, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
+GRAD_TEAMS = 8  # warps of a block that writes gradients
+GRAD_RING_ITEMS = GRAD_TEAMS * GRAD_RING // 8
 
 
 def teams(items, classes, warps=TEAMS):
@@ -92,10 +94,6 @@ def round_team(like, rows):
     aligned = stride != like.itemsize or (base | outer_stride | inner_stride) % 16 == 0
     needed = classes if aligned else classes + 16 // like.itemsize - 1
     return 8 if needed <= 256 else 16 if needed <= 512 else 32 if needed <= 1024 else 0
-
-
-GRAD_TEAMS = 8
-GRAD_RING_ITEMS = GRAD_TEAMS * GRAD_RING // 8
 
 
 @device
@@ -296,8 +294,8 @@ def frame_of(zero, like_grad, s, c, x, scale):
 
 @kernel(32 * GRAD_TEAMS, 2, 2, 1)
 def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
-    """A team sums a row, reads it again from the caches and writes its gradient; one thread writes the target's. Two
-    rows of 128K classes in 16 bits on each multiprocessor are what the second-level cache holds."""
+    """A team sums a row, reads it again and writes its gradient; one thread writes the target's. A multiprocessor has
+    two rows under way, of which the second-level cache keeps what was read last."""
     room, tasks = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array((GRAD_TEAMS, 3, 32), types.float64)
     ring = cuda.shared.array(GRAD_RING_ITEMS, types.float64, 16)
     notes, mine = cuda.shared.array((GRAD_TEAMS, 6), types.float64), np.int32(thread_anew() >> 5)
