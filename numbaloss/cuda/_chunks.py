@@ -18,45 +18,30 @@ from .._scalar import (
     INF,
     INV_LOG2E,
     LANES,
-    LOG2E,
-    ONE,
     ZERO,
-    clipped_term_32,
     exponent_32,
     f32,
     frame_32,
-    power_32,
     power_of_two,
 )
 from .._typed import compute_zero, item_size, key_value, number, row_frame, shifted_frame, term, widen
 from .._vector import most_bits_of
 from ._launch import cuda, device
 from ._memory import (
-    await_oldest,
     butterfly,
-    copy_ahead,
-    copy_ahead_part,
-    end_of_round,
-    first_lanes,
     fold_loads,
     halves,
     hide,
     hide_first,
-    hide_from,
     join,
-    larger_of_pair,
     largest_key,
     load,
     load_part,
-    load_ring,
-    load_ring_above,
     load_vector,
-    pair_above,
     zeros,
 )
 
 WARP = np.int32(32)
-CLIP_LIMIT = f32(256)  # up to here 16-bit logits lie at most 1 apart
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the warp's chunk before it
 NO_GUESS = f32(np.nan)
 
@@ -164,18 +149,6 @@ def add_step(x, low, m, total, top):
     """Add logits to lanes; the larger of `top` and the bits of their exponent words."""
     total, t = term(x, low, m, total)
     return total, max(top, float_bits(most_bits_of(t)))
-
-
-@device
-def ring_step(like, where, p, begin, end, skip):
-    """As load_step for a warp, of logits side by side that have been copied to this thread's places in a ring."""
-    position = np.int32(p + cuda.laneid * (16 // item_size(like)))
-    v = load_ring(like, where)
-    if p < begin:
-        v = hide_first(like, v, np.int32(begin - position))
-    if end - p < LANES:
-        v = hide_from(like, v, np.int32(end - position), WARP)
-    return hide(like, v, np.int32(skip - position), WARP) if 0 <= skip - p < LANES else v
 
 
 @device
@@ -323,218 +296,6 @@ def _chunk_sum(like, address, stride, size, skip, guess):
 def guess_after(c):
     """The reference exponent to try after a chunk whose sum is of e^c."""
     return exponent_32(f32(c)) - MARGIN
-
-
-# -- chunks in a stream --------------------------------------------------------------------------------------------
-
-
-@device
-def round_bytes(like):
-    return np.int32(LANES * item_size(like))
-
-
-@device
-def rounds_in(like, capacity):
-    """Of a ring of so many bytes; float64 may have less than one there, and is not copied ahead then."""
-    return np.int32(capacity) // round_bytes(like)
-
-
-@device
-def copy_round(like, where, task, at, left, size, room):
-    """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on (this thread's
-    first load), have not been asked for. Gives (task, at, left) for the round after it."""
-    if left >= round_bytes(like):
-        copy_ahead(like, where, at)
-    else:
-        if left <= 0:
-            task = np.int32(task + 1)
-            while task < size and float_bits(room[0, task]) == 0:
-                task = np.int32(task + 1)
-            if task < size:
-                base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
-                at = base + cuda.laneid * 16
-                left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
-        if task < size:
-            copy_ahead_part(like, where, at, np.int32(left - cuda.laneid * 16))
-    end_of_round()
-    return task, at + round_bytes(like), np.int32(left - round_bytes(like))
-
-
-@device
-def next_round(like, where, ring, capacity):
-    """This thread's places for the round after that at `where`, in a ring that begins at `ring` for it."""
-    where = np.int32(where + round_bytes(like))
-    return where if where < np.int32(ring + capacity) else ring
-
-
-def clip_of(like, low):
-    """What add_round needs of `low`: for 16 bits a pair of logits (see pair_above), 0 where these lie far apart."""
-    if isinstance(like, np.float32):
-        return np.int32(1)
-    return pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
-
-
-@overload(clip_of)
-def _clip_of(like, low):
-    if like == types.float32:
-        return lambda like, low: np.int32(1)
-    return lambda like, low: pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
-
-
-def add_round(like, where, clip, low, m, total, top):
-    """As add_step, of a round in the ring. Of 16-bit logits `top` is a pair: two are compared at once."""
-    if isinstance(like, np.float32):
-        return add_step(load_ring(like, where), low, m, total, top)
-    x, top = load_ring_above(like, where, clip, top)
-    return clipped_term_32(x, m, total)[0], top
-
-
-@overload(add_round)
-def _add_round(like, where, clip, low, m, total, top):
-    if like == types.float32:
-        return lambda like, where, clip, low, m, total, top: add_step(load_ring(like, where), low, m, total, top)
-
-    def add(like, where, clip, low, m, total, top):
-        x, top = load_ring_above(like, where, clip, top)
-        return clipped_term_32(x, m, total)[0], np.int32(top)
-
-    return add
-
-
-def no_top(like):
-    """What add_round begins with."""
-    return np.int32(0) if isinstance(like, np.float32) else pair_above(like, -INF)
-
-
-@overload(no_top)
-def _no_top(like):
-    return (lambda like: np.int32(0)) if like == types.float32 else (lambda like: pair_above(like, -INF))
-
-
-def exponent_word(like, top, low, m):
-    """The bits that add_step would give for the `top` of add_round."""
-    return top if isinstance(like, np.float32) else float_bits(fma(at_least(larger_of_pair(like, top), low), LOG2E, m))
-
-
-@overload(exponent_word)
-def _exponent_word(like, top, low, m):
-    if like == types.float32:
-        return lambda like, top, low, m: top
-    return lambda like, top, low, m: float_bits(fma(at_least(larger_of_pair(like, top), low), LOG2E, m))
-
-
-@device
-def late_logit(like, address, end, begin, skip):
-    """What the first threads of a warp have in the ninth round of an unaligned chunk: one logit each, at most seven."""
-    x, position = -INF, np.int32(CHUNK + cuda.laneid)
-    if position < end and position != skip:
-        x = widen(load(like, address + (position - begin) * item_size(like)))
-    return x
-
-
-@device
-def add_late(like, late, low, m, total):
-    """The logits of late_logit added to their lanes, which are the first thread's first; and their exponent words."""
-    p, power, t = power_32(late, low, m, ONE)
-    power = first_lanes(power)
-    low_half, high_half = halves(total)
-    first, second = halves(low_half)
-    first = fma(first_lanes(p), select(cuda.laneid == 0, power, power - power), first)
-    return join(join(first, second), high_half), t
-
-
-@device
-def sum_apart(like, stride, size, room, ring, capacity):
-    """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
-    guess = NO_GUESS
-    for i in range(size):
-        address, skip, classes = float_bits(room[0, i]), float_bits(room[1, i]), np.int32(float_bits(room[2, i]))
-        if classes > 0:
-            s, c = 0.0, -np.inf
-            if address != 0:
-                s, c = chunk_sum(like, address, stride, classes, skip, guess)
-                guess = guess_after(c)
-            put_sum(room, i, s, c)
-
-
-@device
-def sum_stream(like, stride, size, room, ring, capacity):
-    """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
-    wait for a sum. One that its guess does not fit is summed again from memory."""
-    task, at, left, where = np.int32(-1), np.int64(0), np.int32(0), ring
-    for _ in range(rounds_in(like, capacity)):
-        task, at, left = copy_round(like, where, task, at, left, size, room)
-        where = next_round(like, where, ring, capacity)
-    for i in range(size):
-        address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
-        if address != 0:
-            begin = first_position(like, address, stride)[1]
-            end, skip = np.int32(begin + classes), skip_position(float_bits(room[1, i]), classes, begin)
-            late = late_logit(like, address, end, begin, skip)
-            ref = NO_GUESS
-            if i > 0 and float_bits(room[2, i - 1]) == 0:
-                ref = guess_after(room[1, i - 1])
-            if ref != ref:
-                await_oldest(like, capacity)
-                head = ring_step(like, where, np.int32(0), begin, end, skip)
-                ref = exponent_32(team_largest(head, WARP))
-            m, low = frame_32(ref, BIAS)
-            clip, best = clip_of(like, low), no_top(like)
-            total, top, p = zeros(like), np.int32(0), np.int32(0)
-            whole = np.int32(end & -LANES) if clip != 0 else np.int32(0)
-            apart = np.int32(skip & -LANES) if skip >= 0 else whole
-            while p < min(end, np.int32(CHUNK)):
-                stop = min(whole, apart) if p <= apart else whole
-                if p < begin:
-                    stop = np.int32(0)
-                while p < stop:
-                    await_oldest(like, capacity)
-                    total, best = add_round(like, where, clip, low, m, total, best)
-                    task, at, left = copy_round(like, where, task, at, left, size, room)
-                    where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
-                if p < min(end, np.int32(CHUNK)):
-                    await_oldest(like, capacity)
-                    x = ring_step(like, where, p, begin, end, skip)
-                    total, top = add_step(x, low, m, total, top)
-                    task, at, left = copy_round(like, where, task, at, left, size, room)
-                    where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
-            if end > CHUNK:
-                total, t = add_late(like, late, low, m, total)
-                top = max(top, float_bits(t))
-            top = max(top, exponent_word(like, best, low, m))
-            s, n = fold_lanes(like, total, WARP), bits_float(np.int32(warp_max(top))) - m
-            if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
-                put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
-        cuda.syncwarp()
-    sum_apart(like, stride, size, room, ring, capacity)
-
-
-@device
-def put_sum(room, i, s, c):
-    """room[:3, i] = (s, c, no classes), after all threads have read what was there."""
-    cuda.syncwarp()
-    if cuda.laneid == 0:
-        room[0, i], room[1, i], room[2, i] = s, c, 0.0
-
-
-def sum_chunks(like, stride, size, room, ring, capacity):
-    """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
-    of 0 is no chunk. `stride` is an int32 where classes lie side by side."""
-    ahead = isinstance(stride, np.int32) and not isinstance(like, float)
-    return (sum_stream if ahead else sum_apart)(like, int(stride), size, room, ring, capacity)
-
-
-@overload(sum_chunks)
-def _sum_chunks(like, stride, size, room, ring, capacity):
-    if like != types.float64 and stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity: sum_stream(
-            like, np.int64(item_size(like)), size, room, ring, capacity
-        )
-    if stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity: sum_apart(
-            like, np.int64(item_size(like)), size, room, ring, capacity
-        )
-    return lambda like, stride, size, room, ring, capacity: sum_apart(like, stride, size, room, ring, capacity)
 
 
 @device

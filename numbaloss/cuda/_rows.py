@@ -19,7 +19,6 @@ from ._chunks import (
     first_position,
     guess_after,
     load_step,
-    sum_chunks,
     thread_largest,
     warp_max,
     warp_sum,
@@ -27,6 +26,7 @@ from ._chunks import (
 from ._launch import cuda, device
 from ._memory import anew, count_larger, first_item, load, thread_anew
 from ._operands import item_place
+from ._stream import sum_chunks
 
 PARTS = 256  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk

@@ -12,16 +12,7 @@ from numba.extending import overload
 from .._intrinsics import bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
-from ._chunks import (
-    WARP,
-    first_position,
-    load_step,
-    next_round,
-    round_bytes,
-    round_sum,
-    rounds_in,
-    sum_chunks,
-)
+from ._chunks import WARP, first_position, load_step, round_sum
 from ._columns import (
     ROOM_32,
     ROOM_64,
@@ -73,6 +64,7 @@ from ._rows import (
     score_row,
     team_of,
 )
+from ._stream import next_round, round_bytes, rounds_in, sum_chunks
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
