@@ -374,12 +374,11 @@ def copy_ahead_part(like, where, address, left):
     ring, place = _ring(where)
     rounds, me = _copies(), simt.getcurrent()
     for g in range(WIDTH // per_load(like)):
-        size = min(max(int(left) - _memory.APART * g, 0), 16)
-        if size:
+        if int(left) - _memory.APART * g >= 16:
             at = int(address) + _memory.APART * g
             if at % 16:
                 raise simt.SimError(f"a copy from {at:#x}, which is no multiple of 16")
-            source = MEMORY.view(at, size, dtype_of(like).itemsize)
+            source = MEMORY.view(at, 16, 16)
             rounds[-1].append((ring, place + _memory.APART * g, source))
     if me.rounds % 2:
         _copy(rounds[-1])
@@ -409,6 +408,14 @@ def await_oldest(like, capacity):
     rounds, under_way = _copies(), int(capacity) // (32 * WIDTH * dtype_of(like).itemsize) - 1
     while len(rounds) - 1 > under_way:
         _copy(rounds.pop(0))
+
+
+@twin(_memory.store_ring)
+def store_ring(like, where, item):
+    ring, place = _ring(where)
+    if place + item.itemsize > ring.size:
+        raise simt.SimError(f"byte {place} of a ring of {ring.size}")
+    ring[place : place + item.itemsize] = np.array([item]).view(np.uint8)
 
 
 @twin(_memory.load_ring)
@@ -449,6 +456,11 @@ def pair_above(like, x):
 @twin(_memory.larger_of_pair)
 def larger_of_pair(like, pair):
     return np.float32(_pair(pair, like).max())
+
+
+@twin(_memory.warp_largest, needs_cuda=True)
+def warp_largest(cuda):
+    return lambda x: cuda.together(x, max)
 
 
 @twin(_memory.load_apart)

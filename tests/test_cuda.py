@@ -192,7 +192,7 @@ def test_unaligned_rows(dtype, offset):
         check(none, x, y)
 
 
-@pytest.mark.parametrize("classes", [300, 1100, 9000])
+@pytest.mark.parametrize("classes", [300, 1100, 1101, 9001])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_rows_in_a_stream(dtype, classes):
     """Rows that do not count between others, at the beginning and at the end, and rows whose exponents no guess by the

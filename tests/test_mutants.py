@@ -124,6 +124,12 @@ MUTANTS = {
         "w",
         "test_sequence.py::test_divisors",
     ),
+    "CUDA: less than a load beyond a round": (
+        "cuda/_stream.py",
+        "if 0 < left < round_bytes(like) and rest < 16:",
+        "if 0 < left and rest < 16:",
+        "test_cuda.py::test_rows_in_a_stream[float32-1101]",
+    ),
     "CUDA: the other half of an exchange": (
         "cuda/_chunks.py",
         "butterfly(select(upper, low, high), mask)",

@@ -38,6 +38,7 @@ from ._memory import (
     load,
     load_part,
     load_vector,
+    warp_largest,
     zeros,
 )
 
@@ -201,8 +202,7 @@ def chunk_terms(like, address, stride, size, skip, ref):
         x = load_step(like, base, stride, p, begin, end, skip, WARP)
         first, top = add_step(halves(halves(x)[0])[0], low, m, first, top)
         total = join(join(first, second), high_half)
-    top = warp_max(top)
-    return fold_lanes(like, total, WARP), bits_float(np.int32(top)) - m
+    return fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
 
 
 @device

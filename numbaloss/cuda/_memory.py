@@ -379,9 +379,8 @@ def _assembly(builder, code, operands="", args=()):
 
 
 def _copy_ahead(builder, like, where, address, left=None, last=False):
-    """Copy this thread's loads of a round, of each at most the bytes that are left; the `last` time that they are read,
-    the second-level cache may forget them first. Less than a load is stored item by item: an instruction that copies
-    less reads 16 bytes for the memory checker."""
+    """Copy this thread's loads of a round, of each if so many bytes are left; the `last` time that they are read, the
+    second-level cache may forget them first."""
     hint, letters, more = "", "r,l", []
     if last:
         policy = ir.InlineAsm(ir.FunctionType(_I64, []), "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "=l")
@@ -394,20 +393,6 @@ def _copy_ahead(builder, like, where, address, left=None, last=False):
         else:
             with builder.if_then(builder.icmp_signed(">=", left, _c32(APART * g + 16))):
                 _assembly(builder, code, letters, [to, at, *more])
-    if left is None:
-        return
-    size, rest = like.bitwidth // 8, builder.and_(left, _c32(APART - 1))
-    partial = builder.and_(builder.icmp_signed(">", left, _c32(0)), builder.icmp_signed("<", rest, _c32(16)))
-    with builder.if_then(partial):
-        before = builder.sub(left, rest)
-        to, at = builder.add(where, before), builder.add(address, builder.sext(before, _I64))
-        for k in range(_per_load(like) - 1):
-            with builder.if_then(builder.icmp_signed(">", rest, _c32(k * size))):
-                item = builder.load(
-                    _pointer(builder, builder.add(at, ir.Constant(_I64, k * size)), _item(like)), align=size
-                )
-                place = builder.inttoptr(builder.add(to, _c32(k * size)), _item(like).as_pointer(3))
-                builder.store(item, place, align=size)
 
 
 def _copier(last):
@@ -425,7 +410,7 @@ def _copier(last):
 
     @intrinsic
     def copy_part(typingctx, like, where, address, left):
-        """As copy_ahead, but of the bytes from `address` on only the first `left` are read."""
+        """As copy_ahead, but of the bytes from `address` on only the first `left`, less what makes no whole load."""
 
         def codegen(context, builder, sig, args):
             _copy_ahead(builder, like, *args[1:], last=last)
@@ -465,6 +450,18 @@ def await_oldest(typingctx, like, capacity):
 
 
 @intrinsic
+def store_ring(typingctx, like, where, item):
+    """Write one logit to a ring."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.inttoptr(args[1], _item(like).as_pointer(3))
+        builder.store(args[2], pointer, align=like.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int32, like), codegen
+
+
+@intrinsic
 def load_ring(typingctx, like, where):
     """The Vector that copy_ahead has copied."""
 
@@ -498,8 +495,8 @@ def load_ring_above(typingctx, like, where, low, top):
         for g in range(WIDTH // _per_load(like)):
             pointer = builder.inttoptr(builder.add(where, _c32(APART * g)), kind.as_pointer(3))
             words = [_larger_pair(builder, like, w, low) for w in _items(builder, builder.load(pointer, align=16))]
-            ab, cd = (_larger_pair(builder, like, *words[i : i + 2]) for i in (0, 2))
-            top = _larger_pair(builder, like, top, _larger_pair(builder, like, ab, cd))
+            for i in (0, 2):  # of three at once: one instruction
+                top = _larger_pair(builder, like, _larger_pair(builder, like, *words[i : i + 2]), top)
             items += _widen_words(context, builder, like, words)
         return context.make_tuple(builder, result, [_pack(builder, items, vector_ir(result[0])), top])
 
@@ -721,6 +718,18 @@ def first_lanes(typingctx, x):
         return _pack(builder, items, vector_ir(result))
 
     return result(x), codegen
+
+
+@intrinsic
+def warp_largest(typingctx, x):
+    """The largest int32 of the warp's threads."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(_I32, [_I32])
+        code = "redux.sync.max.s32 $0, $1, 0xffffffff;"
+        return builder.call(ir.InlineAsm(kind, code, "=r,r", side_effect=True), args)
+
+    return types.int32(types.int32), codegen
 
 
 @intrinsic

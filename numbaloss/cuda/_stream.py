@@ -35,10 +35,10 @@ from ._chunks import (
     guess_after,
     skip_position,
     team_largest,
-    warp_max,
 )
 from ._launch import cuda, device
 from ._memory import (
+    APART,
     await_oldest,
     copy_ahead,
     copy_ahead_part,
@@ -54,6 +54,8 @@ from ._memory import (
     load_ring,
     load_ring_above,
     pair_above,
+    store_ring,
+    warp_largest,
     zeros,
 )
 
@@ -99,9 +101,23 @@ def copy_round(like, where, task, at, left, size, room):
                 at = base + cuda.laneid * 16
                 left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
         if task < size:
-            copy_ahead_part(like, where, at, np.int32(left - cuda.laneid * 16))
+            mine = np.int32(left - cuda.laneid * 16)
+            copy_ahead_part(like, where, at, mine)
+            copy_rest(like, where, at, mine)
     end_of_round()
     return task, at + round_bytes(like), np.int32(left - round_bytes(like))
+
+
+@device
+def copy_rest(like, where, at, left):
+    """What of this thread's loads of a round is less than 16 bytes, if only `left` bytes are left: item by item, as an
+    instruction that copies less reads 16 bytes for the memory checker."""
+    rest = np.int32(left & (APART - 1))
+    if 0 < left < round_bytes(like) and rest < 16:
+        k = np.int32(left - rest)
+        while k < left:
+            store_ring(like, np.int32(where + k), load(like, at + k))
+            k = np.int32(k + item_size(like))
 
 
 @device
@@ -246,7 +262,7 @@ def sum_stream(like, stride, size, room, ring, capacity):
                 total, t = add_late(like, late, low, m, total)
                 top = max(top, float_bits(t))
             top = max(top, exponent_word(like, best, low, m))
-            s, n = fold_lanes(like, total, WARP), bits_float(np.int32(warp_max(top))) - m
+            s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
             if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
         cuda.syncwarp()

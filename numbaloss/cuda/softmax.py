@@ -64,7 +64,7 @@ from ._rows import (
     score_row,
     team_of,
 )
-from ._stream import next_round, round_bytes, rounds_in, sum_chunks
+from ._stream import copy_rest, next_round, round_bytes, rounds_in, sum_chunks
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
@@ -421,6 +421,7 @@ def copy_back(like, where, base, begin, classes, k, j, warps):
             copy_last(like, where, at)
         else:
             copy_last_part(like, where, at, np.int32(left - thread))
+            copy_rest(like, where, at, np.int32(left - thread))
         k, j = round_before(begin, k, j, warps)
     end_of_round()
     return k, j
