@@ -1,5 +1,6 @@
 """The only file that knows there are two backends: the type of the arrays picks one."""
 
+import hashlib
 import os
 import sys
 from functools import cache, wraps
@@ -79,6 +80,26 @@ def package_stamp(backend):
         with os.scandir(folder) as files:
             stamps += [(f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.name.endswith(".py")]
     return tuple(sorted(stamps))
+
+
+def keep_on_disk(dispatcher, stamp):
+    """Let Numba keep what `dispatcher` compiles, as long as `stamp` stays; an OSError, RuntimeError or AttributeError
+    says that it can't.
+
+    Numba gives the next free number to a file and looks it up by an index: of two processes that compile the same
+    function for different types at once, one may find the other's code under its own types. Files here are named by
+    what they hold, and an index that lacks one costs a compilation.
+    """
+    dispatcher.enable_caching()
+    file = dispatcher._cache._cache_file
+    file._source_stamp = stamp
+
+    def save(key, data):
+        name = file._data_name(int(hashlib.sha256(repr(key).encode()).hexdigest()[:15], 16))
+        file._save_data(name, data)
+        file._save_index(file._load_index() | {key: name})
+
+    file.save = save
 
 
 @cache

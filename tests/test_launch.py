@@ -121,6 +121,35 @@ def test_cold_cache_started_by_several_processes(tmp_path):
     assert list(tmp_path.rglob("*.nbi"))
 
 
+def test_processes_that_compile_for_two_types_at_once(tmp_path, monkeypatch):
+    """Each finds its own code: both have seen an empty index, and the first ends its writing after the other."""
+    from numbaloss._backend import keep_on_disk
+
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    first, second = numba.njit(cell), numba.njit(cell)
+    for dispatcher in (first, second):
+        keep_on_disk(dispatcher, "stamp")
+    file, other = first._cache._cache_file, second._cache._cache_file
+    write = file._save_data
+
+    def write_late(name, data):
+        other.save(("int64",), "code for int64")
+        write(name, data)
+
+    monkeypatch.setattr(file, "_save_data", write_late)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(file), "_load_index", lambda self: {})
+        file.save(("float64",), "code for float64")
+    assert file.load(("float64",)) == "code for float64"
+    assert other.load(("int64",)) in (None, "code for int64")
+    other.save(("int64",), "code for int64")
+    assert (file.load(("float64",)), file.load(("int64",))) == ("code for float64", "code for int64")
+
+
+def cell(x):
+    return x + x
+
+
 def test_unwritable_cache(tmp_path):
     """Where no folder can be written, kernels compile for the process alone."""
     shutil.copytree(Path(nl.__file__).parent, tmp_path / "numbaloss", ignore=shutil.ignore_patterns("__pycache__"))

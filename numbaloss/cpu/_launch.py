@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numba.core.caching import NullCache
 
-from .._backend import package_stamp
+from .._backend import keep_on_disk, package_stamp
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 _SMALL = 1 << 15  # elements
@@ -54,8 +54,7 @@ def _compile(function, parallel):
         function = copy
     kernel = njit(parallel=parallel, **_OPTIONS)(function)
     try:
-        kernel.enable_caching()
-        kernel._cache._cache_file._source_stamp = _STAMP
+        keep_on_disk(kernel, _STAMP)
     except (RuntimeError, OSError, AttributeError):
         kernel._cache = NullCache()
     return kernel

@@ -9,6 +9,7 @@ import importlib
 import struct
 import threading
 from contextlib import nullcontext as leave_a_core  # of the CPU, which these kernels do not use
+from contextlib import suppress
 from functools import cache
 
 import cupy
@@ -17,7 +18,7 @@ from cupy.cuda import driver
 from numba import cuda, types
 from numba.cuda.models import register_model
 
-from .._backend import package_stamp
+from .._backend import keep_on_disk, package_stamp
 
 if not hasattr(np, "row_stack"):  # gone with NumPy 2.5, and numba-cuda 0.30 still asks for it, once
     np.row_stack = np.vstack
@@ -49,11 +50,8 @@ class Kernel:
 
     def _jit(self, *bounds):
         compiled = cuda.jit(launch_bounds=bounds)(self.py_func)
-        try:
-            compiled.enable_caching()
-            compiled._cache._cache_file._source_stamp = _STAMP
-        except (RuntimeError, OSError, AttributeError):
-            pass
+        with suppress(RuntimeError, OSError, AttributeError):
+            keep_on_disk(compiled, _STAMP)
         return compiled
 
     def of(self, like):
