@@ -133,7 +133,7 @@ def on_host(order=None, launches=None):
                 launches.append((kernel.py_func.__name__, blocks, threads))
             rest = iter(numbers)
             args = [next(rest) if n is None else tuple(itertools.islice(rest, n)) for n in sizes]
-            simt.launch(kernel, blocks, threads, args, order)
+            simt.launch(kernel, blocks, threads, args, order, kernel.room * threads // 32)
 
         return start
 

@@ -181,12 +181,13 @@ class Shared:
         self._launch = launch
 
     def array(self, shape, dtype, alignment=None):
-        """One array for each place in the source and block, full of NaN or -1."""
+        """One array for each place in the source and block, full of NaN or -1; the launch's room for length 0."""
         import sys
 
         frame = sys._getframe(1)
         key = frame.f_code, frame.f_lasti
         if key not in self._launch.shared:
+            shape = shape or self._launch.room // as_dtype(dtype).itemsize
             room = np.empty(shape, as_dtype(dtype))
             room.reshape(-1).view(np.uint8)[:] = 0xFF
             self._launch.shared[key] = room
@@ -291,15 +292,16 @@ def _replace(value, cuda, done):
 
 
 class Launch:
-    def __init__(self, blocks, threads):
+    def __init__(self, blocks, threads, room):
         self.blocks, self.threads, self.block, self.shared = Dim3(blocks), Dim3(threads), None, {}
+        self.room = room  # bytes of a shared array of length 0
 
 
-def launch(kernel, blocks, threads, args, order=None):
-    """kernel[blocks, threads](*args); `order` seeds a shuffling of blocks and threads, None keeps them in order."""
+def launch(kernel, blocks, threads, args, order=None, room=0):
+    """kernel[blocks, threads, 0, room](*args); `order` seeds a shuffling of blocks and threads."""
     if blocks < 1 or not 1 <= threads <= 1024:
         raise SimError(f"{blocks} blocks of {threads} threads")
-    now = Launch(blocks, threads)
+    now = Launch(blocks, threads, room)
     function = _rebuild(kernel.py_func, FakeCuda(now), {})
     chance = None if order is None else random.Random(order)
     numbers = list(range(blocks))

@@ -130,6 +130,24 @@ MUTANTS = {
         "if 0 < left and rest < 16:",
         "test_cuda.py::test_rows_in_a_stream[float32-1101]",
     ),
+    "CUDA: a gradient's rounds in a ring that other chunks filled": (
+        "cuda/softmax.py",
+        "    if last > PARTS - 2:",
+        "    if last > PARTS:",
+        "test_cuda.py::test_many_classes[float32]",
+    ),
+    "CUDA: a gradient's first round is the one before the last": (
+        "cuda/softmax.py",
+        "where = np.int32(ring + (summed + slots - 1) % slots * round_bytes(like))",
+        "where = np.int32(ring + (summed + slots - 2) % slots * round_bytes(like))",
+        "test_cuda.py::test_gradients[1025-bfloat16]",
+    ),
+    "CUDA: no gradient for the ninth round": (
+        "cuda/softmax.py",
+        "        if i < begin and at < classes:",
+        "        if i < begin - 1 and at < classes:",
+        "test_cuda.py::test_many_classes[bfloat16]",
+    ),
     "CUDA: the other half of an exchange": (
         "cuda/_chunks.py",
         "butterfly(select(upper, low, high), mask)",

@@ -16,6 +16,8 @@ import cupy
 import numpy as np
 from cupy.cuda import driver
 from numba import cuda, types
+from numba.cuda.cudadrv.driver import binding
+from numba.cuda.cudadrv.driver import driver as numba_driver
 from numba.cuda.models import register_model
 
 from .._backend import keep_on_disk, package_stamp
@@ -29,6 +31,8 @@ if not hasattr(np, "row_stack"):  # gone with NumPy 2.5, and numba-cuda 0.30 sti
 
 __all__ = ["cuda", "device", "kept", "kernel", "launch", "leave_a_core", "processors", "register_model"]
 
+MOST_ROOM = binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
 _lock = threading.Lock()
 _compiled = {}
 _captured = []
@@ -41,15 +45,17 @@ _STAMP = package_stamp("cuda")
 
 class Kernel:
     """A kernel for at most `threads` a block, and for at least so many blocks a multiprocessor (the fewer, the more
-    registers a thread may have) for logits of 2, 4 and 8 bytes. It is compiled at its first launch and then kept on
-    disk, where a folder can be written."""
+    registers a thread may have) for logits of 2, 4 and 8 bytes. Each warp has `room` bytes of its block's array of
+    length 0 in shared memory. A kernel is compiled at its first launch and then kept on disk, where a folder can be
+    written."""
 
-    def __init__(self, function, threads, blocks):
+    def __init__(self, function, threads, blocks, room=0):
         self.py_func, self.__doc__ = function, function.__doc__
-        self._for_size = {2 << i: self._jit(threads, n) for i, n in enumerate(blocks)}
+        self._for_size = {2 << i: self._jit(room, threads, n) for i, n in enumerate(blocks)}
 
-    def _jit(self, *bounds):
+    def _jit(self, room, *bounds):
         compiled = cuda.jit(launch_bounds=bounds)(self.py_func)
+        compiled.room, compiled.most_room = room, room * bounds[0] // 32
         with suppress(RuntimeError, OSError, AttributeError):
             keep_on_disk(compiled, _STAMP)
         return compiled
@@ -59,8 +65,8 @@ class Kernel:
         return self._for_size[like.itemsize]
 
 
-def kernel(threads, *blocks):
-    return lambda function: Kernel(function, threads, blocks or (1, 1, 1))
+def kernel(threads, *blocks, room=0):
+    return lambda function: Kernel(function, threads, blocks or (1, 1, 1), room)
 
 
 def launch(kernel, blocks, threads, out, *args):
@@ -85,7 +91,10 @@ class Compiled:
     out: Numba's own launch turns each into a ctypes object, which takes longer than all the rest."""
 
     def __init__(self, kernel, args):
-        self._handle = int(kernel.compile(signature(args))._codelibrary.get_cufunc().handle)
+        function, self._room_of_warp = kernel.compile(signature(args))._codelibrary.get_cufunc(), kernel.room
+        self._handle = int(function.handle)
+        if kernel.most_room:  # more than 48 KB are asked for by name
+            numba_driver.cuKernelSetAttribute(MOST_ROOM, kernel.most_room, function.handle, function.device.id)
         self._pack = struct.Struct(parameters(args)).pack_into
         self._room = ctypes.create_string_buffer(struct.calcsize(parameters(args)))
         self._size = ctypes.c_size_t(len(self._room))
@@ -96,7 +105,8 @@ class Compiled:
     def __call__(self, blocks, threads, stream, numbers):
         with self._lock:
             self._pack(self._room, 0, *numbers)
-            driver.launchKernel(self._handle, blocks, 1, 1, threads, 1, 1, 0, stream, 0, self._where)
+            room = self._room_of_warp * threads // 32
+            driver.launchKernel(self._handle, blocks, 1, 1, threads, 1, 1, room, stream, 0, self._where)
 
 
 _TYPES = {

@@ -352,7 +352,7 @@ def _words(builder, v):
 
 
 RING = 12288  # bytes of a warp's ring: six rounds of 16-bit logits, three of float32
-GRAD_RING = 4096  # the same where a block has more warps
+GRAD_RING = 8192  # the same where a block writes gradients, which is to fit into 99 KB
 RING_ITEMS = RING // 8
 APART = 512  # bytes from one load of a thread to its next in the ring
 

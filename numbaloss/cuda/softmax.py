@@ -64,13 +64,13 @@ from ._rows import (
     score_row,
     team_of,
 )
-from ._stream import copy_rest, next_round, round_bytes, rounds_in, sum_chunks
+from ._stream import copy_rest, round_bytes, rounds_in, sum_chunks
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 SHORT_RESIDENT, RESIDENT = 32, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
+ROUNDS = CHUNK // LANES
 GRAD_TEAMS = 8  # warps of a block that writes gradients
-GRAD_RING_ITEMS = GRAD_TEAMS * GRAD_RING // 8
 
 
 def teams(items, classes, warps=TEAMS):
@@ -284,12 +284,12 @@ def frame_of(zero, like_grad, s, c, x, scale):
     return grad_frame(zero, like_grad, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
 
 
-@kernel(32 * GRAD_TEAMS, 2, 2, 1)
+@kernel(32 * GRAD_TEAMS, 2, 2, 1, room=GRAD_RING)
 def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
-    """A team sums a row, reads it again and writes its gradient; one thread writes the target's. A multiprocessor has
-    two rows under way, of which the second-level cache keeps what was read last."""
+    """A team sums a row, reads it again, the last rounds first, which its warps' rings still hold, and writes its
+    gradient; one thread writes the target's."""
     room, tasks = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array((GRAD_TEAMS, 3, 32), types.float64)
-    ring = cuda.shared.array(GRAD_RING_ITEMS, types.float64, 16)
+    ring = cuda.shared.array(0, types.float64, 16)
     notes, mine = cuda.shared.array((GRAD_TEAMS, 6), types.float64), np.int32(thread_anew() >> 5)
     note = notes[mine]  # (address, label, target, row, ..., entry) of a warp's row: registers are for the sum
     r, _, _ = team_of(rows[5])
@@ -302,8 +302,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     cuda.syncwarp()
     s, c = 0.0, -np.inf
     if address != 0:
-        at = np.int32(shared_address(ring) + mine * GRAD_RING + cuda.laneid * 16)
-        s, c = row_sum(like, rows, note, room, tasks[mine], at, GRAD_RING)
+        s, c = row_sum(like, rows, note, room, tasks[mine], warp_ring(ring), GRAD_RING)
     note = notes[thread_anew() >> 5]
     address, x, r = float_bits(note[0]), note[2], float_bits(note[3])
     m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
@@ -318,8 +317,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     if address == 0:
         fill_row(like, rows, r, like_grad, grad_rows, number(like, x))
     else:
-        ring = np.int32(shared_address(ring) + (thread_anew() >> 5) * GRAD_RING + cuda.laneid * 16)
-        write_grad(like, rows, rows[4], r, address, like_grad, grad_rows, m, low, shift, factor, ring)
+        write_grad(like, rows, rows[4], r, address, like_grad, grad_rows, m, low, shift, factor, warp_ring(ring))
     note = notes[thread_anew() >> 5]
     if float_bits(note[0]) != 0:
         _, warp, warps = team_of(rows[5])
@@ -329,6 +327,12 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         if warp == 0 and cuda.laneid == 0:
             to = row_address(grad_rows, float_bits(note[3])) + float_bits(note[1]) * class_stride(like_grad, grad_rows)
             store_item(like_grad, to, number(like, note[5]))
+
+
+@device
+def warp_ring(ring):
+    """This thread's first places in the ring of its warp."""
+    return np.int32(shared_address(ring) + (thread_anew() >> 5) * GRAD_RING + cuda.laneid * 16)
 
 
 @device
@@ -371,18 +375,25 @@ def write_apart(like, rows, r, address, like_grad, grad_rows, m, low, shift, fac
 
 @device
 def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-    """write_grad by a ring that is filled ahead. A warp takes the chunks that it has summed, the last rounds first: the
-    caches still hold them."""
+    """write_grad by a ring. A warp takes the chunks that it has summed, the last rounds first: the ring still holds as
+    many as it has room for, and where one has been written, one before those is copied."""
     _, warp, warps = team_of(rows[5])
     classes, grad_stride, out = rows[5], class_stride(like_grad, grad_rows), row_address(grad_rows, r)
     base, begin = first_position(like, address, item_size(like))
     last = np.int32((classes - 1) // CHUNK)
     k = np.int32(warp) + (last - np.int32(warp)) // np.int32(warps) * np.int32(warps)
-    j = last_round(begin, classes, k)
-    k_ahead, j_ahead, where = k, j, ring
-    for _ in range(rounds_in(like, GRAD_RING)):
-        k_ahead, j_ahead = copy_back(like, where, base, begin, classes, k_ahead, j_ahead, warps)
-        where = next_round(like, where, ring, GRAD_RING)
+    j, slots = last_round(begin, classes, k), rounds_in(like, GRAD_RING)
+    summed = np.int32((k - np.int32(warp)) // np.int32(warps) * ROUNDS + j + 1)  # rounds that went through the ring
+    if last > PARTS - 2:  # in parts that began with other warps
+        summed = np.int32(0)
+    where = np.int32(ring + (summed + slots - 1) % slots * round_bytes(like))
+    k_ahead, j_ahead, ahead = k, j, where
+    for i in range(slots):
+        if i < summed:
+            k_ahead, j_ahead = round_before(k_ahead, j_ahead, warps)
+        else:
+            k_ahead, j_ahead = copy_back(like, ahead, base, begin, classes, k_ahead, j_ahead, warps)
+        ahead = round_behind(like, ahead, ring)
     position = np.int32(cuda.laneid * (16 // item_size(like)))
     while k >= 0:
         await_oldest(like, GRAD_RING)
@@ -392,22 +403,44 @@ def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, fa
         to = out + (np.int64(k) * CHUNK + p - begin + position) * grad_stride
         store_part(like, like_grad, to, grad_stride, position, before, near, g)
         k_ahead, j_ahead = copy_back(like, where, base, begin, classes, k_ahead, j_ahead, warps)
-        where = next_round(like, where, ring, GRAD_RING)
-        k, j = round_before(begin, k, j, warps)
+        where = round_behind(like, where, ring)
+        k, j = round_before(k, j, warps)
+    write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor)
+
+
+@device
+def write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor):
+    """Gradients of what the ninth rounds of this warp's chunks hold, which went through no ring: eight threads a
+    chunk."""
+    _, warp, warps = team_of(classes)
+    i, k = np.int64(cuda.laneid & 7), np.int64(warp) + (cuda.laneid >> 3) * warps
+    while k * CHUNK < classes:
+        at = (k + 1) * CHUNK - begin + i
+        if i < begin and at < classes:
+            x = widen(load(like, address + at * item_size(like)))
+            store_item(like_grad, out + at * grad_stride, grad_of(x - shift, m, low, factor))
+        k += 4 * warps
+
+
+@device
+def round_behind(like, where, ring):
+    """This thread's places for the round before that at `where`."""
+    return np.int32(where - round_bytes(like)) if where > ring else np.int32(ring + GRAD_RING - round_bytes(like))
 
 
 @device
 def last_round(begin, classes, k):
-    """The number of the last round of chunk k of a row that begins at this position."""
-    return np.int32((begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK) - 1) // LANES)
+    """The number of the last round of chunk k of a row that begins at this position, but for the ninth."""
+    size = min(np.int64(CHUNK), begin + classes - np.int64(k) * CHUNK)
+    return np.int32((size - 1) // LANES)
 
 
 @device
-def round_before(begin, k, j, warps):
+def round_before(k, j, warps):
     """(chunk, round) before round j of chunk k, of those that are a warp's; a chunk below 0 is none."""
     if j > 0:
         return k, np.int32(j - 1)
-    return np.int32(k - warps), np.int32((begin + CHUNK - 1) // LANES)
+    return np.int32(k - warps), np.int32(ROUNDS - 1)
 
 
 @device
@@ -422,7 +455,7 @@ def copy_back(like, where, base, begin, classes, k, j, warps):
         else:
             copy_last_part(like, where, at, np.int32(left - thread))
             copy_rest(like, where, at, np.int32(left - thread))
-        k, j = round_before(begin, k, j, warps)
+        k, j = round_before(k, j, warps)
     end_of_round()
     return k, j
 
