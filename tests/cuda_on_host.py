@@ -327,6 +327,13 @@ def store_part(like, like_out, address, stride, position, begin, end, v):
                 store(address + (step + i) * stride, narrow[k + i])
 
 
+@twin(_memory.store_once)
+def store_once(like_out, address, stride, begin, end, v):
+    narrow = narrowed(like_out, v)
+    for k in range(int(begin), min(int(end), v.size)):
+        store(address + k * stride, narrow[k])
+
+
 @twin(_memory.hide)
 def hide(like, v, k, team):
     return np.where(far(like, team) == k, v.dtype.type(-np.inf), v)
@@ -714,15 +721,17 @@ def _of_term(term):
 
 
 @twin(divergence.accumulate)
-def accumulate(term, total, x, y, frame):
-    total = total.copy()
-    _of_term(term)[0](x, y, frame, total)
-    return total
+def accumulate(first, second, a, b, x, y, frame):
+    totals = a.copy(), b.copy()
+    for term, total in zip((first, second), totals):
+        _of_term(term)[0](x, y, frame, total)
+    return totals
 
 
 @twin(divergence.entry)
 def entry(term, x, y, frame, mean, scale):
-    return type(x)(_of_term(term)[1](x, y, frame, float(mean), scale))
+    one = _of_term(term)[1]
+    return np.array([one(*pair, frame, float(mean), scale) for pair in zip(x, y)], x.dtype)
 
 
 @twin(_divergence_scalar.two_frames)

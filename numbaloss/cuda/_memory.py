@@ -598,6 +598,42 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
 
 
 @intrinsic
+def store_once(typingctx, like_out, address, stride, begin, end, v):
+    """Write the items [begin, end) of what load_once gave, rounded to the type of `like_out`, `stride` bytes apart; the
+    first item's place is `address`. Together if all are inside, side by side and at 16 bytes."""
+    n, size = v.width, like_out.bitwidth // 8
+
+    def codegen(context, builder, sig, args):
+        _, address, stride, begin, end, v = args
+        items = _items(builder, v)
+        if size == 2:
+            items = [narrow(builder, like_out, x) for x in items]
+        elif items[0].type != _item(like_out):
+            items = [(builder.fpext if size == 8 else builder.fptrunc)(x, _item(like_out)) for x in items]
+        close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
+        aligned = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, 15)), ir.Constant(_I64, 0))
+        inside = builder.and_(builder.icmp_signed("<=", begin, _c32(0)), builder.icmp_signed(">=", end, _c32(n)))
+        with builder.if_else(builder.and_(builder.and_(close, aligned), inside)) as (together, apart):
+            with together:
+                packed = _pack(builder, items, ir.VectorType(_item(like_out), n))
+                words = _items(builder, builder.bitcast(packed, ir.VectorType(_I32, n * size // 4)))
+                for k in range(0, len(words), 4):
+                    _store_words(builder, builder.add(address, ir.Constant(_I64, 4 * k)), words[k : k + 4])
+            with apart:
+                for k in range(n):
+                    here = builder.and_(
+                        builder.icmp_signed("<=", begin, _c32(k)), builder.icmp_signed(">", end, _c32(k))
+                    )
+                    with builder.if_then(here):
+                        pointer = _pointer(builder, _step(builder, address, stride, k), _item(like_out))
+                        builder.store(items[k], pointer, align=size)
+        return context.get_dummy_value()
+
+    i64, i32 = types.int64, types.int32
+    return types.void(like_out, i64, i64, i32, i32, v), codegen
+
+
+@intrinsic
 def load_apart(typingctx, like, like_items, address, stride, position, end):
     """The first half of what load_part reads in a warp for logits like `like`, from items of another type and at any
     address, one by one, in the precision of the logits; 0 at positions from `end` on. HALF positions on, the other."""

@@ -1,6 +1,7 @@
-"""Divergences of two arrays of logits on CUDA: a warp takes a row of one chunk, a block any other. A row is read from
-memory once, then from the caches: once a sum, for the lanes of one fill the registers."""
+"""Divergences of two arrays of logits on CUDA: a warp takes a row of one chunk, a block any other. A first kernel sums
+exponentials, a second one the terms of the divergences."""
 
+import cupy
 import numpy as np
 from numba import types
 from numba.extending import overload
@@ -21,10 +22,10 @@ from .._divergence_scalar import (
 )
 from .._intrinsics import fma
 from .._scalar import CHUNK, LANES
-from .._typed import compute_zero, item_size, number, widen
+from .._typed import compute_zero, item_size, number
 from ._chunks import WARP, first_position, fold_lanes
-from ._launch import cuda, device, kernel, launch
-from ._memory import fold_loads, halves, join, load, load_once, store, store_item, zeros
+from ._launch import cuda, device, kept, kernel, launch
+from ._memory import fold_loads, halves, join, load, load_once, store, store_once, zeros
 from ._operands import address, operand, weight_at, with_known_stride
 from ._rows import PARTS, class_stride, leave_largest_out, row_address, team_of
 from .softmax import THREADS, teams
@@ -39,7 +40,8 @@ def divergence(work, items, like, rows_p, rows_q, count, weights, kl, reverse, j
     0."""
     out = next(x for x in (kl, reverse, js) if x is not None)
     rows_p, rows_q = known_alike(like, rows_p, rows_q)
-    arguments = operand(weights), address(kl), address(reverse), address(js)
+    sums = two_sums(items, like, rows_p, rows_q, weights, out)
+    arguments = operand(weights), address(sums), address(kl), address(reverse), address(js)
     return launch(_divergence.of(like), *teams(items, rows_p[5]), out, items, like, rows_p, rows_q, *arguments)
 
 
@@ -50,8 +52,43 @@ def known_alike(like, rows_p, rows_q):
     return with_known_stride(like, rows_p), with_known_stride(like, rows_q)
 
 
-@kernel(THREADS)
-def _divergence(items, like, rows_p, rows_q, weights, kl, reverse, js):
+def two_sums(items, like, rows_p, rows_q, weights, out):
+    """sums[r] = (largest, u, log1p_u) of row r of the one and of the other logits, where the row has a weight. In a
+    kernel of its own: it takes twice the registers of what comes after it."""
+    sums = kept(cupy.empty((items, 2, 3)))
+    blocks, threads = teams(2 * items, rows_p[5])
+    launch(_two_sums.of(like), blocks, threads, out, items, like, rows_p, rows_q, operand(weights), address(sums))
+    return sums
+
+
+@kernel(THREADS, 3, 3, 2)
+def _two_sums(items, like, rows_p, rows_q, weights, sums):
+    """A team takes a row of one of the arrays, its neighbour that of the other."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    number_of_team, warp, _ = team_of(rows_p[5])
+    r, rows = number_of_team >> 1, rows_p
+    if number_of_team & 1:
+        rows = rows_q
+    if r >= items or weight_at(weights, r) == 0.0:
+        return
+    largest, _, u, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
+    if warp == 0 and cuda.laneid == 0:
+        at = sums + number_of_team * 24
+        store(at, np.float64(largest))
+        store(at + 8, u)
+        store(at + 16, log1p_u)
+
+
+@device
+def load_sums(like, sums, r):
+    """What _two_sums has of rows r."""
+    at = sums + r * 48
+    p = number(like, load(0.0, at)), load(0.0, at + 8), load(0.0, at + 16)
+    return p, (number(like, load(0.0, at + 24)), load(0.0, at + 32), load(0.0, at + 40))
+
+
+@kernel(THREADS, 4, 4, 3)
+def _divergence(items, like, rows_p, rows_q, weights, sums, kl, reverse, js):
     """A team takes a row."""
     room = cuda.shared.array((3, PARTS), types.float64)
     r, warp, _ = team_of(rows_p[5])
@@ -63,28 +100,17 @@ def _divergence(items, like, rows_p, rows_q, weights, kl, reverse, js):
         put(like, reverse, r, 0.0, first)
         put(like, js, r, 0.0, first)
         return
-    p, q = row_sums(like, rows_p, rows_q, r, room)
+    p, q = load_sums(like, sums, r)
     frame = two_frames(p, q, 0.0)
-    change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
     if kl != 0:
-        total = row_total(kl_term, like, rows_p, rows_q, r, frame, room)
+        change, total = row_totals(change_term, kl_term, like, rows_p, rows_q, r, frame, room)
         put(like, kl, r, settled(total, change, 0.5, frame[0]), first)
     if reverse != 0:
-        total = row_total(reverse_term, like, rows_p, rows_q, r, frame, room)
+        change, total = row_totals(change_term, reverse_term, like, rows_p, rows_q, r, frame, room)
         put(like, reverse, r, settled(total, change, 0.5, frame[0]), first)
     if js != 0:
-        total = row_total(js_term, like, rows_p, rows_q, r, frame, room)
+        change, total = row_totals(change_term, js_term, like, rows_p, rows_q, r, frame, room)
         put(like, js, r, min(settled(total, change, 0.125, frame[0]), LN2), first)
-
-
-@device
-def row_sums(like, rows_p, rows_q, r, room):
-    """leave_largest_out of rows r. One call in a loop: two would not be inlined and give their results on the stack."""
-    rows, p, q = rows_p, (compute_zero(like), 0.0, 0.0), (compute_zero(like), 0.0, 0.0)
-    for _ in range(2):
-        largest, _, u, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
-        p, q, rows = q, (largest, u, log1p_u), rows_q
-    return p, q
 
 
 @device
@@ -95,57 +121,61 @@ def put(like, array, r, value, first):
 
 
 @inlined
-def row_total(term, like, rows_p, rows_q, r, frame, room):
-    """The sum of a term over rows r, chunk by chunk from left to right."""
+def row_totals(first, second, like, rows_p, rows_q, r, frame, room):
+    """The sums of two terms over rows r, chunk by chunk from left to right. What the terms have in common, and that is
+    most, is computed once."""
     _, warp, warps = team_of(rows_p[5])
-    chunks, first, total = np.int32((rows_p[5] + CHUNK - 1) // CHUNK), np.int32(0), 0.0
-    while first < chunks:
-        count, k, part = min(np.int32(PARTS), np.int32(chunks - first)), np.int32(warp), 0.0
+    chunks, begin, a, b = np.int32((rows_p[5] + CHUNK - 1) // CHUNK), np.int32(0), 0.0, 0.0
+    while begin < chunks:
+        count, k = min(np.int32(PARTS), np.int32(chunks - begin)), np.int32(warp)
         while k < count:
-            part = chunk_total(term, like, rows_p, rows_q, r, np.int64(first + k) * CHUNK, frame)
-            if cuda.laneid == 0 and warps > 1:
-                room[0, k] = part
+            part_a, part_b = chunk_totals(first, second, like, rows_p, rows_q, r, np.int64(begin + k) * CHUNK, frame)
+            if warps == 1:
+                return part_a, part_b
+            if cuda.laneid == 0:
+                room[0, k], room[1, k] = part_a, part_b
             k = np.int32(k + warps)
-        if warps == 1:
-            return part
         cuda.syncthreads()
         for k in range(count):
-            total = total + room[0, k]
+            a, b = a + room[0, k], b + room[1, k]
         cuda.syncthreads()
-        first = np.int32(first + PARTS)
-    return total
+        begin = np.int32(begin + PARTS)
+    return a, b
 
 
 @inlined
-def chunk_total(term, like, rows_p, rows_q, r, begin, frame):
-    """The sum of a term over the chunk from class `begin` on, in the order of fold_lanes: of a thread's lanes, those of
-    one load after the other, for all of them and their logits and terms do not fit the registers."""
-    size, total = item_size(like), fold_loads(like, zeros(like))
+def chunk_totals(first, second, like, rows_p, rows_q, r, begin, frame):
+    """The sums of two terms over the chunk from class `begin` on, in the order of fold_lanes: of a thread's lanes,
+    those of one load after the other, for all of them and their logits and terms do not fit the registers."""
+    size, none = item_size(like), join(fold_loads(like, zeros(like)), fold_loads(like, zeros(like)))
+    total = none
     for a in range(2):
-        of_a = fold_loads(like, zeros(like))
+        of_a = none
         for b in range(2):
-            of_b = fold_loads(like, zeros(like))
+            of_b = none
             for c in range(2 if size > 2 else 1):
-                of_c = fold_loads(like, zeros(like))
+                of_c = none
                 for d in range(2 if size > 4 else 1):
-                    of_c = of_c + load_total(term, like, rows_p, rows_q, r, begin, a + 2 * b + 4 * c + 8 * d, frame)
+                    load = a + 2 * b + 4 * c + 8 * d
+                    of_c = of_c + load_totals(first, second, like, rows_p, rows_q, r, begin, load, frame)
                 of_b = of_b + of_c
             of_a = of_a + of_b
         total = total + of_a
-    return fold_lanes(like, total, WARP)
+    total_a, total_b = halves(total)
+    return fold_lanes(like, total_a, WARP), fold_lanes(like, total_b, WARP)
 
 
 @inlined
-def load_total(term, like, rows_p, rows_q, r, begin, load, frame):
-    """The lanes of this thread's load of this number, summed over a chunk."""
+def load_totals(first, second, like, rows_p, rows_q, r, begin, load, frame):
+    """The lanes of this thread's load of this number, summed over a chunk: of the one term, then of the other."""
     p, q = class_stride(like, rows_p), class_stride(like, rows_q)
     at_p, at_q, before = first_pair(like, row_address(rows_p, r) + begin * p, p, row_address(rows_q, r) + begin * q, q)
     end = np.int32(before + min(np.int64(CHUNK), rows_p[5] - begin))
-    total = fold_loads(like, zeros(like))
+    a, b = fold_loads(like, zeros(like)), fold_loads(like, zeros(like))
     for j in range(np.int32((load * 32 + cuda.laneid) * (16 // item_size(like))), end, np.int32(LANES)):
         x, y = load_once(like, at_p + j * p, p, j, before, end), load_once(like, at_q + j * q, q, j, before, end)
-        total = accumulate(term, total, x, y, frame)
-    return total
+        a, b = accumulate(first, second, a, b, x, y, frame)
+    return join(a, b)
 
 
 @device
@@ -158,23 +188,26 @@ def first_pair(like, at_p, p, at_q, q):
     return at_p, at_q, np.int32(0)
 
 
-def accumulate(term, total, x, y, frame):
-    """total + factor * value, as the term gives them; vectors."""
+def accumulate(first, second, a, b, x, y, frame):
+    """a + factor * value, as the first term gives them, and b + those of the second; vectors."""
 
 
 @overload(accumulate)
-def _accumulate(term, total, x, y, frame):
+def _accumulate(first, second, a, b, x, y, frame):
     if getattr(x, "width", 1) > AT_ONCE:
 
-        def accumulate_halves(term, total, x, y, frame):
-            (a, b), (x1, x2), (y1, y2) = halves(total), halves(x), halves(y)
-            return join(accumulate(term, a, x1, y1, frame), accumulate(term, b, x2, y2, frame))
+        def accumulate_halves(first, second, a, b, x, y, frame):
+            (a1, a2), (b1, b2), (x1, x2), (y1, y2) = halves(a), halves(b), halves(x), halves(y)
+            a1, b1 = accumulate(first, second, a1, b1, x1, y1, frame)
+            a2, b2 = accumulate(first, second, a2, b2, x2, y2, frame)
+            return join(a1, a2), join(b1, b2)
 
         return accumulate_halves
 
-    def accumulate_all(term, total, x, y, frame):
-        factor, value = term(x, y, frame)
-        return fma(factor, value, total)
+    def accumulate_all(first, second, a, b, x, y, frame):
+        factor, value = first(x, y, frame)
+        factor_b, value_b = second(x, y, frame)
+        return fma(factor, value, a), fma(factor_b, value_b, b)
 
     return accumulate_all
 
@@ -204,12 +237,13 @@ def place_of(like, like_grad, rows):
 
 def start(kernel, items, like, rows_p, rows_q, weights, scale, loss, grads):
     rows_p, rows_q = known_alike(like, rows_p, rows_q)
-    arguments = like, rows_p, rows_q, operand(weights), address(scale), address(loss), *grads
+    sums = two_sums(items, like, rows_p, rows_q, weights, loss)
+    arguments = like, rows_p, rows_q, operand(weights), address(sums), address(scale), address(loss), *grads
     return launch(kernel.of(like), *teams(items, rows_p[5]), loss, items, *arguments)
 
 
-@kernel(THREADS)
-def _kl_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, like_q, grad_q):
+@kernel(THREADS, 4, 4, 3)
+def _kl_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, grad_p, like_q, grad_q):
     """A team takes a row."""
     room = cuda.shared.array((3, PARTS), types.float64)
     r, warp, _ = team_of(rows_p[5])
@@ -219,13 +253,13 @@ def _kl_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean, factor_p, factor_q, looked_at = 0.0, 0.0, zero, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p, q = row_sums(like, rows_p, rows_q, r, room)
+        p, q = load_sums(like, sums, r)
         frame = two_frames(p, q, 0.0)
-        change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
-        value = settled(row_total(kl_term, like, rows_p, rows_q, r, frame, room), change, 0.5, frame[0])
+        change, total = row_totals(change_term, kl_term, like, rows_p, rows_q, r, frame, room)
+        value = settled(total, change, 0.5, frame[0])
         frame = two_frames(p, q, change)
         if grad_p[0] != 0:
-            mean = row_total(kl_slope, like, rows_p, rows_q, r, frame, room)
+            mean, _ = row_totals(kl_slope, kl_slope, like, rows_p, rows_q, r, frame, room)
         k = load(0.0, scale + r * 8)
         factor_p, factor_q = slope_scale(k, mean, frame[0]), slope_scale(k, 0.0, frame[0])
     put(like, loss, r, value, warp == 0 and cuda.laneid == 0)
@@ -249,8 +283,8 @@ def _kl_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
     )
 
 
-@kernel(THREADS)
-def _js_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, like_q, grad_q):
+@kernel(THREADS, 4, 4, 3)
+def _js_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, grad_p, like_q, grad_q):
     """A team takes a row."""
     room = cuda.shared.array((3, PARTS), types.float64)
     r, warp, _ = team_of(rows_p[5])
@@ -260,16 +294,12 @@ def _js_grad(items, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p, 
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean_p, mean_q, factor, looked_at = 0.0, 0.0, 0.0, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p, q = row_sums(like, rows_p, rows_q, r, room)
+        p, q = load_sums(like, sums, r)
         frame = two_frames(p, q, 0.0)
-        change = row_total(change_term, like, rows_p, rows_q, r, frame, room)
-        total = row_total(js_term, like, rows_p, rows_q, r, frame, room)
+        change, total = row_totals(change_term, js_term, like, rows_p, rows_q, r, frame, room)
         value = min(settled(total, change, 0.125, frame[0]), LN2)
         frame = two_frames(p, q, change)
-        if grad_p[0] != 0:
-            mean_p = row_total(js_slope, like, rows_p, rows_q, r, frame, room)
-        if grad_q[0] != 0:
-            mean_q = row_total(js_reverse_slope, like, rows_p, rows_q, r, frame, room)
+        mean_p, mean_q = row_totals(js_slope, js_reverse_slope, like, rows_p, rows_q, r, frame, room)
         factor = slope_scale(load(0.0, scale + r * 8), 0.0, frame[0])
     put(like, loss, r, value, warp == 0 and cuda.laneid == 0)
     write_slopes(
@@ -311,28 +341,44 @@ def write_slopes(
     like_q,
     grad_q,
 ):
-    """Rows r of the gradients, zeros if the row is not looked at. A thread reads both logits before it writes."""
+    """Rows r of the gradients, zeros if the row is not looked at. A thread reads a load of both before it writes."""
     _, warp, warps = team_of(rows_p[5])
-    at_p, at_q = row_address(rows_p, r), row_address(rows_q, r)
+    n, p, q = np.int32(16 // item_size(like)), class_stride(like, rows_p), class_stride(like, rows_q)
+    from_p, from_q, before = first_pair(like, row_address(rows_p, r), p, row_address(rows_q, r), q)
     to_p, to_q = row_address(grad_p, r), row_address(grad_q, r)
-    for j in range(warp * 32 + cuda.laneid, rows_p[5], warps * 32):
-        g, h = compute_zero(like), compute_zero(like)
+    j, end = np.int64(warp * 32 + cuda.laneid) * n, before + rows_p[5]
+    while j < end:
+        first = np.int32(max(np.int64(0), before - j))
+        near = np.int32(min(end - j, np.int64(n)))  # positions from j on, which may lie beyond 32 bits
+        g = fold_loads(like, zeros(like))
+        h = g
         if looked_at:
-            x = widen(load(like, at_p + j * class_stride(like, rows_p)))
-            y = widen(load(like, at_q + j * class_stride(like, rows_q)))
+            x = load_once(like, from_p + j * p, p, np.int32(0), first, near)
+            y = load_once(like, from_q + j * q, q, np.int32(0), first, near)
             g, h = entry(term_p, x, y, frame, mean_p, scale_p), entry(term_q, x, y, frame, mean_q, scale_q)
         if grad_p[0] != 0:
-            store_item(like_p, to_p + j * class_stride(like_p, grad_p), g)
+            step = class_stride(like_p, grad_p)
+            store_once(like_p, to_p + (j - before) * step, step, first, near, g)
         if grad_q[0] != 0:
-            store_item(like_q, to_q + j * class_stride(like_q, grad_q), h)
+            step = class_stride(like_q, grad_q)
+            store_once(like_q, to_q + (j - before) * step, step, first, near, h)
+        j += warps * 32 * n
 
 
 def entry(term, x, y, frame, mean, scale):
-    """slope_of factor and value, as the term gives them."""
+    """slope_of factor and value, as the term gives them; of vectors."""
 
 
 @overload(entry)
 def _entry(term, x, y, frame, mean, scale):
+    if getattr(x, "width", 1) > AT_ONCE:
+
+        def slopes_of_halves(term, x, y, frame, mean, scale):
+            (x1, x2), (y1, y2) = halves(x), halves(y)
+            return join(entry(term, x1, y1, frame, mean, scale), entry(term, x2, y2, frame, mean, scale))
+
+        return slopes_of_halves
+
     def slope(term, x, y, frame, mean, scale):
         factor, value = term(x, y, frame)
         return slope_of(factor, value, number(frame[0], mean), scale)
