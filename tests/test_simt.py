@@ -190,6 +190,59 @@ def test_loads(dtype):
             assert np.array_equal(bits(ones(like, position, end)), bits(host.ones_apart(like, position, end)))
 
 
+def memory_of(dtype, size=32768):
+    """(address, like) of so many bytes of special numbers, at 16 bytes."""
+    raw = np.zeros(size + 64, np.uint8)
+    raw = raw[-raw.ctypes.data % 16 :][:size]
+    raw.view(dtype)[:] = special(np.dtype(dtype), size // np.dtype(dtype).itemsize)
+    carrier = {"float16": np.int16(0), "bfloat16": np.uint16(0)}
+    return simt.MEMORY.add(raw), carrier.get(np.dtype(dtype).name, np.dtype(dtype).type(0)), raw
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_loads_of_other_types(dtype):
+    """Labels and class weights beside logits, at 16 bytes and not, side by side and not."""
+    like, itemsize = memory_of(dtype)[1], np.dtype(dtype).itemsize
+    take = njit(lambda like, like_items, a, s, p, e: _memory.load_apart(like, like_items, a, s, p, e))
+    apart = stored(take, like, 16)
+    for other in DTYPES.values():
+        address, like_items, kept = memory_of(other)
+        size = like_items.itemsize
+        for at, stride, end in ((0, size, 1024), (size, size, 1024), (0, size, 300), (0, 2 * size, 1024), (0, size, 0)):
+            args = like, like_items, address + at, stride, 0, end
+            with np.errstate(over="ignore"):
+                expected = host.load_apart(*args)
+            assert np.array_equal(bits(apart(*args)), bits(expected)), (other, at, stride, end)
+    assert itemsize == like.itemsize
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_stores_of_a_load(dtype):
+    """store_once, to other types too, of all items and of some, at 16 bytes and not."""
+    address, like, kept = memory_of(dtype)
+    n, size = 16 // like.itemsize, np.int64(like.itemsize)
+
+    @njit
+    def move(like, like_out, a, size, to, stride, begin, end):
+        v = _memory.load_once(like, a, size, np.int32(0), np.int32(0), np.int32(64))
+        _memory.store_once(like_out, to, stride, begin, end, v)
+
+    for out in {np.dtype(dtype).name: dtype, "float32": np.float32}.values():
+        for at, step, begin, end in ((0, 1, 0, n), (1, 1, 0, n), (0, 1, 1, n), (0, 1, 0, n - 1), (0, 3, 0, n)):
+            found = []
+            for take in (True, False):
+                to, like_out, raw = memory_of(out, 256)
+                rest = to + at * like_out.itemsize, step * like_out.itemsize, np.int32(begin), np.int32(end)
+                if take:
+                    move(like, like_out, address, size, *rest)
+                else:
+                    v = host.load_once(like, address, size, np.int32(0), np.int32(0), np.int32(64))
+                    host.store_once(like_out, *rest, v)
+                found.append(raw.copy())
+            assert np.array_equal(*found), (out, at, step, begin, end)
+    assert kept.size
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_vectors(dtype):
     zero = dtype(0)

@@ -635,25 +635,56 @@ def store_once(typingctx, like_out, address, stride, begin, end, v):
 
 @intrinsic
 def load_apart(typingctx, like, like_items, address, stride, position, end):
-    """The first half of what load_part reads in a warp for logits like `like`, from items of another type and at any
-    address, one by one, in the precision of the logits; 0 at positions from `end` on. HALF positions on, the other."""
-    n, wide = _per_load(like), Vector(_wide(like).dtype, WIDTH // 2)
+    """The first half of what load_part reads in a warp for logits like `like`, from items of any type and at any
+    address, in the precision of the logits; 0 at positions from `end` on. HALF positions on, the other. Neighbours
+    together where that can be, others one by one."""
+    n, size, wide = _per_load(like), like_items.bitwidth // 8, Vector(_wide(like).dtype, WIDTH // 2)
+    align = min(16, n * size)
 
     def codegen(context, builder, sig, args):
         _, _, address, stride, position, end = args
+        close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
         stride = _anew(builder, stride)
         room = builder.trunc(builder.sub(end, position), _I32)
         kind = vector_ir(wide)
+
+        def convert(x):
+            if x.type == kind.element:
+                return x
+            return (builder.fpext if kind.element == ir.DoubleType() else builder.fptrunc)(x, kind.element)
+
+        def side_by_side(first):
+            words, load = [], ir.VectorType(_I32, align // 4)
+            for k in range(0, n * size, align):
+                at = builder.add(first, ir.Constant(_I64, k))
+                words += _items(builder, builder.load(_pointer(builder, at, load), align=align))
+            if size == 2:
+                return [convert(x) for x in _widen_words(context, builder, like_items, words)]
+            packed = _pack(builder, words, ir.VectorType(_I32, len(words)))
+            return [convert(x) for x in _items(builder, builder.bitcast(packed, ir.VectorType(_item(like_items), n)))]
+
+        def one_by_one(first, place):
+            items = []
+            for k in range(n):
+                before = builder.block
+                with builder.if_then(builder.icmp_signed("<", _c32(place + k), room)):
+                    x = convert(_load_item(context, builder, like_items, _step(builder, first, stride, k)))
+                    loaded = builder.block
+                items.append(_phi(builder, (ir.Constant(kind.element, 0.0), before), (x, loaded)))
+            return items
+
         items = []
-        for k in range(WIDTH // 2):
-            far = k // n * 32 * n + k % n
-            before = builder.block
-            with builder.if_then(builder.icmp_signed("<", _c32(far), room)):
-                x = _load_item(context, builder, like_items, _step(builder, address, stride, far))
-                if x.type != kind.element:
-                    x = (builder.fpext if kind.element == ir.DoubleType() else builder.fptrunc)(x, kind.element)
-                loaded = builder.block
-            items.append(_phi(builder, (ir.Constant(kind.element, 0.0), before), (x, loaded)))
+        for g in range(WIDTH // 2 // n):
+            place = g * 32 * n
+            first = _step(builder, address, stride, place)
+            aligned = builder.icmp_signed("==", builder.and_(first, ir.Constant(_I64, align - 1)), ir.Constant(_I64, 0))
+            inside = builder.icmp_signed("<=", _c32(place + n), room)
+            with builder.if_else(builder.and_(builder.and_(close, aligned), inside)) as (whole, part):
+                with whole:
+                    together, end_of_whole = side_by_side(first), builder.block
+                with part:
+                    apart, end_of_part = one_by_one(first, place), builder.block
+            items += [_phi(builder, (x, end_of_whole), (y, end_of_part)) for x, y in zip(together, apart)]
         return _pack(builder, items, kind)
 
     i64 = types.int64

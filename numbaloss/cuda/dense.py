@@ -29,7 +29,7 @@ from ._memory import (
     zeros,
 )
 from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
-from ._rows import PARTS, class_stride, leave_largest_out, row_address, team_of
+from ._rows import PARTS, TEAMS, class_stride, leave_largest_out, row_address, team_of
 from .sigmoid import THREADS
 from .softmax import teams
 
@@ -152,7 +152,7 @@ def dense_xent(work, items, like, rows, targets, class_weights, weights, z_loss,
     return launch(_dense_xent.of(like), *teams(items, rows[5]), loss, items, like, rows, *arguments)
 
 
-@kernel(THREADS)
+@kernel(32 * TEAMS, 3, 3, 2)
 def _dense_xent(items, like, rows, targets, class_weights, weights, z_loss, loss):
     """sum_j t_j (x_k - x_j) + log(1 + u) sum_j t_j, k the largest logit; both sums over lanes and chunks."""
     room = cuda.shared.array((3, PARTS), types.float64)
@@ -256,7 +256,7 @@ def dense_xent_grad(
     return launch(_dense_xent_grad.of(like), *teams(items, rows[5]), loss, *arguments)
 
 
-@kernel(THREADS)
+@kernel(32 * TEAMS, 3, 3, 2)
 def _dense_xent_grad(
     items, like, rows, targets, class_weights, weights, z_loss, as_one, second, scale, loss, like_grad, grad_rows
 ):

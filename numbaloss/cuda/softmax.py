@@ -746,7 +746,7 @@ def put(like, r, value, row_lse, where, larger, logprob, lse, argmax, rank):
         store(rank + r * 8, larger)
 
 
-@kernel(THREADS)
+@kernel(THREADS, 3, 3, 2)
 def _entropy(items, like, rows, logprob, lse, argmax, entropy):
     """entropy[r] by what _score found: a team sums row r without its largest logit, twice a chunk."""
     room = cuda.shared.array((3, PARTS), types.float64)
