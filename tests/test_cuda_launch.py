@@ -18,7 +18,7 @@ from numbaloss.cuda import _launch, totals
 
 def test_launch():
     """What Numba compiles without a driver is what the driver is asked to start, with the arguments in their places."""
-    loaded, started = [], []
+    loaded, started, asked = [], [], mock.Mock()
 
     def load(code, *_):
         loaded.append(bytes(code.code))
@@ -36,13 +36,19 @@ def test_launch():
         mock.patch.multiple("numba.cuda.cudadrv.devices", get_context=lambda *_: context),
         mock.patch.multiple("numba.cuda.dispatcher", get_current_device=lambda: card),
         mock.patch.object(_launch.driver, "launchKernel", start),
+        mock.patch.object(_launch, "numba_driver", SimpleNamespace(cuKernelSetAttribute=asked)),
     ):
         kernel = _launch.Kernel(totals._negate.py_func, 256, (1, 1, 1)).of(np.float32(0))
         args = 5, np.float32(0), 2**40
         compiled = _launch.Compiled(kernel, args)
         for blocks in (3, 4):
             compiled(blocks, 256, 99, args)
-    assert len(loaded) == 1 and b"_negate" in loaded[0]
+        asked.assert_not_called()
+        large = _launch.Kernel(totals._negate.py_func, 256, (1, 1, 1), room=8192).of(np.float32(0))
+        _launch.Compiled(large, args)(5, 64, 99, args)
+        assert asked.call_args.args[:3] == (_launch.MOST_ROOM, 8 * 8192, 77)
+        assert started.pop()[0] == (77, 5, 1, 1, 64, 1, 1, 2 * 8192, 99, 0)
+    assert len(loaded) == 2 and b"_negate" in loaded[0]
     packed = struct.pack("@qfq", *args)
     assert started == [((77, n, 1, 1, 256, 1, 1, 0, 99, 0), packed) for n in (3, 4)]
 
