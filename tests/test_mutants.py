@@ -126,8 +126,8 @@ MUTANTS = {
     ),
     "CUDA: less than a load beyond a round": (
         "cuda/_stream.py",
-        "if 0 < left < round_bytes(like) and rest < 16:",
-        "if 0 < left and rest < 16:",
+        "            store_ring(like, np.int32(where + k), load(like, at + k))",
+        "            store_ring(like, np.int32(where + k + 4096), load(like, at + k))",
         "test_cuda.py::test_rows_in_a_stream[float32-1101]",
     ),
     "CUDA: a gradient's rounds in a ring that other chunks filled": (

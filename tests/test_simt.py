@@ -202,24 +202,23 @@ def memory_of(dtype, size=32768):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_loads_of_other_types(dtype):
     """Labels and class weights beside logits, at 16 bytes and not, side by side and not."""
-    like, itemsize = memory_of(dtype)[1], np.dtype(dtype).itemsize
+    like = memory_of(dtype)[1]
     take = njit(lambda like, like_items, a, s, p, e: _memory.load_apart(like, like_items, a, s, p, e))
     apart = stored(take, like, 16)
     for other in DTYPES.values():
-        address, like_items, kept = memory_of(other)
+        address, like_items, _kept = memory_of(other)
         size = like_items.itemsize
         for at, stride, end in ((0, size, 1024), (size, size, 1024), (0, size, 300), (0, 2 * size, 1024), (0, size, 0)):
             args = like, like_items, address + at, stride, 0, end
             with np.errstate(over="ignore"):
                 expected = host.load_apart(*args)
             assert np.array_equal(bits(apart(*args)), bits(expected)), (other, at, stride, end)
-    assert itemsize == like.itemsize
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_stores_of_a_load(dtype):
     """store_once, to other types too, of all items and of some, at 16 bytes and not."""
-    address, like, kept = memory_of(dtype)
+    address, like, _kept = memory_of(dtype)
     n, size = 16 // like.itemsize, np.int64(like.itemsize)
 
     @njit
@@ -240,7 +239,6 @@ def test_stores_of_a_load(dtype):
                     host.store_once(like_out, *rest, v)
                 found.append(raw.copy())
             assert np.array_equal(*found), (out, at, step, begin, end)
-    assert kept.size
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

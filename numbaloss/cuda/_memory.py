@@ -78,10 +78,7 @@ def store_item(typingctx, like, address, value):
 
     def codegen(context, builder, sig, args):
         _, address, x = args
-        if like.bitwidth == 16:
-            x = narrow(builder, like, x)
-        elif x.type != _item(like):
-            x = (builder.fpext if like.bitwidth == 64 else builder.fptrunc)(x, _item(like))
+        (x,) = _rounded(builder, like, [x])
         builder.store(x, _pointer(builder, address, _item(like)), align=like.bitwidth // 8)
         return context.get_dummy_value()
 
@@ -532,6 +529,15 @@ def larger_of_pair(typingctx, like, pair):
     return types.float32(like, types.int32), codegen
 
 
+def _rounded(builder, like, items):
+    """Floats in the type of `like`."""
+    if like.bitwidth == 16:
+        return [narrow(builder, like, x) for x in items]
+    if items[0].type == _item(like):
+        return items
+    return [(builder.fpext if like.bitwidth == 64 else builder.fptrunc)(x, _item(like)) for x in items]
+
+
 def _store_words(builder, address, words):
     """Two or four words side by side, which the caches may forget first: logits that are read again stay there."""
     count = len(words)
@@ -552,11 +558,7 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
 
     def codegen(context, builder, sig, args):
         _, _, address, stride, position, begin, end, v = args
-        items = _items(builder, v)
-        if size == 2:
-            items = [narrow(builder, like_out, x) for x in items]
-        elif items[0].type != _item(like_out):
-            items = [(builder.fpext if size == 8 else builder.fptrunc)(x, _item(like_out)) for x in items]
+        items = _rounded(builder, like_out, _items(builder, v))
         close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
         lies_well = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, align - 1)), ir.Constant(_I64, 0))
         together = builder.and_(close, lies_well)
@@ -605,11 +607,7 @@ def store_once(typingctx, like_out, address, stride, begin, end, v):
 
     def codegen(context, builder, sig, args):
         _, address, stride, begin, end, v = args
-        items = _items(builder, v)
-        if size == 2:
-            items = [narrow(builder, like_out, x) for x in items]
-        elif items[0].type != _item(like_out):
-            items = [(builder.fpext if size == 8 else builder.fptrunc)(x, _item(like_out)) for x in items]
+        items = _rounded(builder, like_out, _items(builder, v))
         close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
         aligned = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, 15)), ir.Constant(_I64, 0))
         inside = builder.and_(builder.icmp_signed("<=", begin, _c32(0)), builder.icmp_signed(">=", end, _c32(n)))

@@ -89,31 +89,30 @@ def rounds_in(like, capacity):
 def copy_round(like, where, task, at, left, size, room):
     """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on (this thread's
     first load), have not been asked for. Gives (task, at, left) for the round after it."""
+    if left <= 0:
+        task = np.int32(task + 1)
+        while task < size and float_bits(room[0, task]) == 0:
+            task = np.int32(task + 1)
+        if task < size:
+            base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
+            at = base + cuda.laneid * 16
+            left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
     if left >= round_bytes(like):
         copy_ahead(like, where, at)
-    else:
-        if left <= 0:
-            task = np.int32(task + 1)
-            while task < size and float_bits(room[0, task]) == 0:
-                task = np.int32(task + 1)
-            if task < size:
-                base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
-                at = base + cuda.laneid * 16
-                left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
-        if task < size:
-            mine = np.int32(left - cuda.laneid * 16)
-            copy_ahead_part(like, where, at, mine)
-            copy_rest(like, where, at, mine)
+    elif left > 0:
+        mine = np.int32(left - cuda.laneid * 16)
+        copy_ahead_part(like, where, at, mine)
+        copy_rest(like, where, at, mine)
     end_of_round()
     return task, at + round_bytes(like), np.int32(left - round_bytes(like))
 
 
 @device
 def copy_rest(like, where, at, left):
-    """What of this thread's loads of a round is less than 16 bytes, if only `left` bytes are left: item by item, as an
-    instruction that copies less reads 16 bytes for the memory checker."""
+    """What of this thread's loads is less than 16 bytes where `left` bytes, less than a round, are left: item by item,
+    as an instruction that copies less reads 16 bytes for the memory checker."""
     rest = np.int32(left & (APART - 1))
-    if 0 < left < round_bytes(like) and rest < 16:
+    if left > 0 and rest < 16:
         k = np.int32(left - rest)
         while k < left:
             store_ring(like, np.int32(where + k), load(like, at + k))
