@@ -234,8 +234,8 @@ MUTANTS = {
     ),
     "CUDA: rows that do not count are copied": (
         "cuda/_stream.py",
-        "            while task < size and float_bits(room[0, task]) == 0:",
-        "            while task < size and float_bits(room[0, task]) == 1:",
+        "        while task < size and float_bits(room[0, task]) == 0:",
+        "        while task < size and float_bits(room[0, task]) == 1:",
         "test_cuda.py::test_rows_in_a_stream[float32-1100]",
     ),
     "CUDA: a row index in 32 bits": (
