@@ -124,7 +124,7 @@ def on_host(order=None, launches=None):
         yield
         return
 
-    def compiled(kernel, first):
+    def compiled(kernel, first, number):
         _launch.signature(first), struct.calcsize(_launch.parameters(first))  # raise for what cannot be packed
         sizes = [len(x) if type(x) is tuple else None for x in first]
 
@@ -153,6 +153,7 @@ def on_host(order=None, launches=None):
             (_launch, "Compiled", compiled),
             (_launch, "_compiled", {}),
             (_launch, "_processors", lambda number: 2),
+            (_launch, "_shared_memory", lambda number: 228 << 10),
         ):
             patches.enter_context(mock.patch.object(target, name, value))
         yield
@@ -254,14 +255,18 @@ def zeros_like(like):
 
 @twin(_memory.load_vector)
 def load_vector(like, address, team):
-    loads = [MEMORY.view(address + 16 * int(team) * g, 16, 16) for g in range(WIDTH // per_load(like))]
-    return widened(np.concatenate(loads).view(dtype_of(like)))
+    n, dtype = per_load(like), dtype_of(like)
+    return widened(MEMORY.loads(address, WIDTH // n, 16 * int(team), dtype))
+
+
+@functools.cache
+def _far(n, team):
+    return LANES // n * team * n + LANES % n
 
 
 def far(like, team=32):
     """How far each item of a thread's vector lies from the first."""
-    n = per_load(like)
-    return LANES // n * int(team) * n + LANES % n
+    return _far(per_load(like), int(team))
 
 
 def neighbours(like, position, begin, end, team=32):
@@ -274,24 +279,36 @@ def neighbours(like, position, begin, end, team=32):
             yield k * n + first, step + first, count
 
 
+def _load(dtype, address, stride, first, last, out):
+    """out[i] = item i of a load for i in [first, last)."""
+    if last - first == out.size and stride == dtype.itemsize and address % 16 == 0:
+        out[...] = widened(MEMORY.view(address, 16, 16).view(dtype))
+    else:
+        for i in range(first, last):
+            out[i] = widen(load_item(address + i * stride, dtype))
+
+
 @twin(_memory.load_once)
 def load_once(like, address, stride, position, begin, end):
     """Items outside of [begin, end) are -inf and not touched."""
-    n, dtype, position = per_load(like), dtype_of(like), int(position)
-    first, last = max(int(begin) - position, 0), min(int(end) - position, n)
-    if last - first == n and stride == dtype.itemsize and address % 16 == 0:
-        return widened(MEMORY.view(address, 16, 16).view(dtype))
+    n, position = per_load(like), int(position)
     result = np.full(n, -np.inf, precision(like))
-    for i in range(first, last):
-        result[i] = widen(load_item(address + i * stride, dtype))
+    _load(dtype_of(like), address, stride, max(int(begin) - position, 0), min(int(end) - position, n), result)
     return result
 
 
 @twin(_memory.load_part)
 def load_part(like, address, stride, position, begin, end, team):
-    n, team = per_load(like), int(team)
-    steps = range(0, WIDTH * team, n * team)
-    return np.concatenate([load_once(like, address + k * stride, stride, position + k, begin, end) for k in steps])
+    n, dtype, step, position = per_load(like), dtype_of(like), per_load(like) * int(team), int(position)
+    first, last, reach = int(begin) - position, int(end) - position, (WIDTH // n - 1) * step + n
+    if first <= 0 and last >= reach and stride == dtype.itemsize and address % 16 == 0:
+        return load_vector(like, address, team)
+    result = np.full(WIDTH, -np.inf, precision(like))
+    if first < reach and last > 0:
+        for k in range(WIDTH // n):
+            at = k * step
+            _load(dtype, address + at * stride, stride, max(first - at, 0), min(last - at, n), result[k * n :][:n])
+    return result
 
 
 @twin(_memory.fill)

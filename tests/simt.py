@@ -91,6 +91,13 @@ class Memory:
         found = self._find(address, size, align)
         return found.bytes[address - found.start : address - found.start + size]
 
+    def loads(self, address, count, step, dtype):
+        """The items of `count` loads of 16 bytes, each `step` bytes behind the one before, in one array."""
+        address = int(address)
+        found = self._find(address, (count - 1) * step + 16, 16)
+        shape, strides = (count, 16 // dtype.itemsize), (step, dtype.itemsize)
+        return np.ndarray(shape, dtype, found.bytes, address - found.start, strides).reshape(-1)
+
     def item(self, address, dtype):
         """(array, index) of the item at an address."""
         address, size = int(address), dtype.itemsize

@@ -66,11 +66,12 @@ def scores(logits, targets):
 
 
 def check_all(logits, targets):
-    """Every function of a row."""
+    """Every function of a row; a warp or more a row, which takes long in the executor, for the first 40 only."""
     check(none, logits, targets)
     check(scores, logits, targets)
     for function in (nl.logsumexp, nl.softmax, nl.log_softmax):
         check(function, logits)
+    logits, targets = logits[:40], targets[:40]
     labels = np.zeros(logits.shape, np.float32)
     np.put_along_axis(labels, np.clip(targets, 0, logits.shape[-1] - 1)[..., None], 0.75, -1)
     labels[..., ::3] += np.float32(0.25)
@@ -740,7 +741,7 @@ def test_cached_kernels_of_a_kernel_share_a_stamp():
     """They share a file, which a second stamp would empty each time."""
     from numbaloss.cuda.softmax import _sparse_xent
 
-    stamps = {str(form._cache._cache_file._source_stamp) for form in _sparse_xent._for_size.values()}
+    stamps = {str(form.jit(0)._cache._cache_file._source_stamp) for form in _sparse_xent._for_size.values()}
     assert len(stamps) == 1
     assert "_scalar.py" in stamps.pop()
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("cupy", reason="CuPy is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numbaloss.cuda import _launch, totals
+from numbaloss.cuda import _launch, softmax, totals
 
 
 def test_launch():
@@ -40,17 +40,28 @@ def test_launch():
     ):
         kernel = _launch.Kernel(totals._negate.py_func, 256, (1, 1, 1)).of(np.float32(0))
         args = 5, np.float32(0), 2**40
-        compiled = _launch.Compiled(kernel, args)
+        compiled = _launch.Compiled(kernel, args, 0)
         for blocks in (3, 4):
             compiled(blocks, 256, 99, args)
         asked.assert_not_called()
         large = _launch.Kernel(totals._negate.py_func, 256, (1, 1, 1), room=8192).of(np.float32(0))
-        _launch.Compiled(large, args)(5, 64, 99, args)
+        _launch.Compiled(large, args, 0)(5, 64, 99, args)
         assert asked.call_args.args[:3] == (_launch.MOST_ROOM, 8 * 8192, 77)
         assert started.pop()[0] == (77, 5, 1, 1, 64, 1, 1, 2 * 8192, 99, 0)
     assert len(loaded) == 2 and b"_negate" in loaded[0]
     packed = struct.pack("@qfq", *args)
     assert started == [((77, n, 1, 1, 256, 1, 1, 0, 99, 0), packed) for n in (3, 4)]
+
+
+@pytest.mark.parametrize("kilobytes, blocks", [(228, 16), (164, 11), (100, 7), (8, 1)])
+def test_blocks_of_a_multiprocessor(kilobytes, blocks):
+    """As many as its shared memory holds, and no more than were asked for."""
+    kernel = softmax._sparse_xent.of(np.float32(0))
+    with mock.patch.object(_launch, "_shared_memory", lambda number: kilobytes << 10):
+        form = _launch.Bounded(kernel.py_func, 32, 16, 0, kernel.shared)
+        assert form.blocks(0) == blocks
+        assert form.jit(0).targetoptions["launch_bounds"] == (32, blocks)
+        assert _launch.Bounded(kernel.py_func, 32, 16, 0, 0).blocks(0) == 16
 
 
 def test_numpy_without_row_stack():

@@ -227,7 +227,9 @@ def chunk_moment(like, address, stride, size, skip, shift):
     total = zeros(like)
     for p in range(np.int32(0), end, np.int32(LANES)):
         v = at_least(load_step(like, base, stride, p, begin, end, skip, WARP) - shift, low)
-        total = fma(term(v, low, m, zero)[0], v, total)
+        (v1, v2), (total_1, total_2) = halves(v), halves(total)  # terms of all would not fit the registers
+        total_1 = fma(term(v1, low, m, zero)[0], v1, total_1)
+        total = join(total_1, fma(term(v2, low, m, zero)[0], v2, total_2))
     return fold_lanes(like, total, WARP)
 
 

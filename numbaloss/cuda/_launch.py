@@ -29,8 +29,9 @@ if not hasattr(np, "row_stack"):  # gone with NumPy 2.5, and numba-cuda 0.30 sti
     finally:
         del np.row_stack
 
-__all__ = ["cuda", "device", "kept", "kernel", "launch", "leave_a_core", "processors", "register_model"]
+__all__ = ["cuda", "device", "kept", "kernel", "launch", "leave_a_core", "processors", "register_model", "resident"]
 
+SYSTEM_SHARED = 1024  # bytes of shared memory that a block has beside its own
 MOST_ROOM = binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 _lock = threading.Lock()
@@ -44,29 +45,48 @@ _STAMP = package_stamp("cuda")
 
 
 class Kernel:
-    """A kernel for at most `threads` a block, and for at least so many blocks a multiprocessor (the fewer, the more
+    """A kernel for at most `threads` a block, and for so many blocks on a multiprocessor at once (the fewer, the more
     registers a thread may have) for logits of 2, 4 and 8 bytes. Each warp has `room` bytes of its block's array of
-    length 0 in shared memory. A kernel is compiled at its first launch and then kept on disk, where a folder can be
-    written."""
+    length 0 in shared memory; `shared` are the bytes of its other arrays, where they decide how many blocks there are.
+    """
 
-    def __init__(self, function, threads, blocks, room=0):
+    def __init__(self, function, threads, blocks, room=0, shared=0):
         self.py_func, self.__doc__ = function, function.__doc__
-        self._for_size = {2 << i: self._jit(room, threads, n) for i, n in enumerate(blocks)}
-
-    def _jit(self, room, *bounds):
-        compiled = cuda.jit(launch_bounds=bounds)(self.py_func)
-        compiled.room, compiled.most_room = room, room * bounds[0] // 32
-        with suppress(RuntimeError, OSError, AttributeError):
-            keep_on_disk(compiled, _STAMP)
-        return compiled
+        self._for_size = {2 << i: Bounded(function, threads, n, room, shared) for i, n in enumerate(blocks)}
 
     def of(self, like):
         """What to launch for such logits."""
         return self._for_size[like.itemsize]
 
 
-def kernel(threads, *blocks, room=0):
-    return lambda function: Kernel(function, threads, blocks or (1, 1, 1), room)
+def kernel(threads, *blocks, room=0, shared=0):
+    return lambda function: Kernel(function, threads, blocks or (1, 1, 1), room, shared)
+
+
+class Bounded:
+    """A Kernel for logits of one size. It is compiled at its first launch on a device and then kept on disk, where a
+    folder can be written."""
+
+    def __init__(self, function, threads, blocks, room, shared):
+        self.py_func, self.threads, self.room, self.most_room = function, threads, room, room * threads // 32
+        self.shared, self._most, self._blocks, self._jits = shared, blocks, {}, {}
+
+    def blocks(self, number):
+        """How many blocks a multiprocessor of device `number` is to hold at once."""
+        if number not in self._blocks:
+            needed = self.shared + self.most_room + SYSTEM_SHARED
+            fit = max(1, _shared_memory(number) // needed) if self.shared else self._most
+            self._blocks[number] = min(self._most, fit)
+        return self._blocks[number]
+
+    def jit(self, number):
+        """What compiles it for device `number`."""
+        bounds = self.threads, self.blocks(number)
+        if bounds not in self._jits:
+            self._jits[bounds] = compiled = cuda.jit(launch_bounds=bounds)(self.py_func)
+            with suppress(RuntimeError, OSError, AttributeError):
+                keep_on_disk(compiled, _STAMP)
+        return self._jits[bounds]
 
 
 def launch(kernel, blocks, threads, out, *args):
@@ -87,11 +107,12 @@ def launch(kernel, blocks, threads, out, *args):
 
 
 class Compiled:
-    """A kernel of one signature on the current device. Its arguments go to the driver in one piece, as C would lay them
+    """A kernel of one signature on device `number`, the current one. Its arguments go to the driver in one piece, as C would lay them
     out: Numba's own launch turns each into a ctypes object, which takes longer than all the rest."""
 
-    def __init__(self, kernel, args):
-        function, self._room_of_warp = kernel.compile(signature(args))._codelibrary.get_cufunc(), kernel.room
+    def __init__(self, kernel, args, number):
+        function = kernel.jit(number).compile(signature(args))._codelibrary.get_cufunc()
+        self._room_of_warp = kernel.room
         self._handle = int(function.handle)
         if kernel.most_room:  # more than 48 KB are asked for by name
             numba_driver.cuKernelSetAttribute(MOST_ROOM, kernel.most_room, function.handle, function.device.id)
@@ -136,7 +157,7 @@ def _compile(key, args):
     _require(key[1])
     with _lock:
         if key not in _compiled:
-            _compiled[key] = Compiled(key[0], args)
+            _compiled[key] = Compiled(key[0], args, key[1])
     return _compiled[key]
 
 
@@ -156,9 +177,20 @@ def _processors(number):
     return cupy.cuda.Device(number).attributes["MultiProcessorCount"]
 
 
+@cache
+def _shared_memory(number):
+    return cupy.cuda.Device(number).attributes["MaxSharedMemoryPerMultiprocessor"]
+
+
 def processors(out):
     """Multiprocessors of the device of the array `out`."""
     return _processors(out.data.device_id)
+
+
+def resident(kernel, out):
+    """How many blocks of a Kernel.of the device of the array `out` holds at once."""
+    number = out.data.device_id
+    return kernel.blocks(number) * _processors(number)
 
 
 def kept(x):

@@ -39,6 +39,7 @@ from ._chunks import (
 from ._launch import cuda, device
 from ._memory import (
     APART,
+    anew,
     await_oldest,
     copy_ahead,
     copy_ahead_part,
@@ -205,8 +206,8 @@ def add_late(like, late, low, m, total):
 @device
 def sum_apart(like, stride, size, room, ring, capacity):
     """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
-    guess = NO_GUESS
-    for i in range(size):
+    guess, i = NO_GUESS, np.int32(0)
+    while i < size:  # range() would hold a register more
         address, skip, classes = float_bits(room[0, i]), float_bits(room[1, i]), np.int32(float_bits(room[2, i]))
         if classes > 0:
             s, c = 0.0, -np.inf
@@ -214,6 +215,7 @@ def sum_apart(like, stride, size, room, ring, capacity):
                 s, c = chunk_sum(like, address, stride, classes, skip, guess)
                 guess = guess_after(c)
             put_sum(room, i, s, c)
+        i = np.int32(i + 1)
 
 
 @device
@@ -224,7 +226,8 @@ def sum_stream(like, stride, size, room, ring, capacity):
     for _ in range(rounds_in(like, capacity)):
         task, at, left = copy_round(like, where, task, at, left, size, room)
         where = next_round(like, where, ring, capacity)
-    for i in range(size):
+    i = np.int32(0)
+    while i < size:
         address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
         if address != 0:
             begin = first_position(like, address, stride)[1]
@@ -263,8 +266,10 @@ def sum_stream(like, stride, size, room, ring, capacity):
             top = max(top, exponent_word(like, best, low, m))
             s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
             if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
-                put_sum(room, i, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
+                k = np.int32(anew(np.int64(i)))  # or a place in room is held all through the sum
+                put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
         cuda.syncwarp()
+        i = np.int32(i + 1)
     sum_apart(like, stride, size, room, ring, capacity)
 
 

@@ -263,19 +263,18 @@ def _dense_xent_grad(
     """As _dense_xent; then the team reads the row again from the caches and writes its gradient, and one thread the
     largest class's entry and y's."""
     room = cuda.shared.array((3, PARTS), types.float64)
-    r, warp, warps = team_of(rows[5])
+    r, _, _ = team_of(rows[5])
     if r >= items:
         return
-    zero, first, g = compute_zero(like), warp == 0 and cuda.laneid == 0, load(0.0, scale + r * 8)
-    y, address, stride = target_class(targets, weights, r, rows[5]), row_address(rows, r), class_stride(like, rows)
-    out, grad_stride = row_address(grad_rows, r), class_stride(like_grad, grad_rows)
-    value, where, top, own, a, b = np.nan if y == BAD else 0.0, np.int64(-1), 0.0, 0.0, 0.0, 0.0
+    zero = compute_zero(like)
+    y, stride = target_class(targets, weights, r, rows[5]), class_stride(like, rows)
+    value, where, top, own, a, b, g = np.nan if y == BAD else 0.0, np.int64(-1), 0.0, 0.0, 0.0, 0.0, 0.0
     m, low, shift, factor, _ = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
     if y >= NONE:
-        largest, where, u, log1p_u = leave_largest_out(like, rows, address, room)
-        x = np.float64(largest)
+        largest, where, u, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
+        x, (r, _, _) = np.float64(largest), team_of(rows[5])  # again: registers are for the sums
         distance, mass = share_sums(like, rows, targets, r, y, class_weights, largest, room)
-        value = dense_loss(distance, mass, log1p_u, x, z_loss)
+        value, g = dense_loss(distance, mass, log1p_u, x, z_loss), load(0.0, scale + r * 8)
         mass, tilt = 1.0 if as_one else mass, rounded_product(2.0 * z_loss, x + log1p_u)
         p = 1.0 / (1.0 + u) if log1p_u == log1p_u else np.nan
         a, b = rounded_product(second, g * (mass + tilt)), rounded_product(second, g * (2.0 * z_loss))
@@ -285,12 +284,16 @@ def _dense_xent_grad(
         if second != 0.0:
             top = p * fma(b, p, a * (u * p))
         elif y >= 0 and y != where:
-            p = rounded_product(p, exp_64(np.float64(widen(load(like, address + y * stride))) - x))
+            of_y = widen(load(like, row_address(rows, r) + y * stride))
+            p = rounded_product(p, exp_64(np.float64(of_y) - x))
             own = g * dense_entry(mass, tilt, share_of(like, targets, r, y, y, class_weights), p, 1.0 - p)
+    r, warp, warps = team_of(rows[5])
+    first = warp == 0 and cuda.laneid == 0
     if first:
         store(loss + r * item_size(zero), number(like, value))
     if warps > 1:
         cuda.syncthreads()  # in place: y's logit has been read by all
+    address, out, grad_stride = row_address(rows, r), row_address(grad_rows, r), class_stride(like_grad, grad_rows)
     g, p = number(like, g * shares(targets)[1]), np.int64(warp) * LANES
     while p < rows[5]:
         near = np.int32(min(rows[5] - p, np.int64(LANES)))

@@ -30,7 +30,7 @@ from ._columns import (
     take_rows,
     threads_of,
 )
-from ._launch import cuda, device, kept, kernel, launch, processors
+from ._launch import cuda, device, kept, kernel, launch, resident
 from ._memory import (
     GRAD_RING,
     RING,
@@ -68,9 +68,10 @@ from ._stream import copy_rest, round_bytes, rounds_in, sum_chunks
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
-SHORT_RESIDENT, RESIDENT = 32, 16  # warps of sparse_xent on a multiprocessor, as their registers allow
+STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
 ROUNDS = CHUNK // LANES
 GRAD_TEAMS = 8  # warps of a block that writes gradients
+GRAD_SHARED = (3 * PARTS + GRAD_TEAMS * (3 * 32 + 6)) * 8  # its bytes of shared memory beside the rings
 
 
 def teams(items, classes, warps=TEAMS):
@@ -104,23 +105,24 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     arguments = like, rows, operand(labels), operand(weights), ignore_index
     team, chunks = round_team(like, rows), -(-rows[5] // CHUNK)
     if team:
-        blocks, group = warps_for(items, 1, SHORT_RESIDENT * processors(loss), 32 // team)
+        blocks, group = warps_for(items, 1, resident(_short_sparse_xent.of(like), loss), 32 // team)
         return launch(_short_sparse_xent.of(like), blocks, 32, loss, items, group, team, *arguments, address(loss))
-    resident = RESIDENT * processors(loss)
-    blocks, group = warps_for(items, chunks, resident)
-    more_blocks, parts_each = warps_for(items * chunks, 1, resident)
+    most = resident(_sparse_xent.of(like), loss)
+    blocks, group = warps_for(items, chunks, most)
+    more_blocks, parts_each = warps_for(items * chunks, 1, most)
     if chunks <= 32 and group * chunks <= parts_each + 1:  # a row is not worth a second kernel
-        return launch(_sparse_xent.of(like), blocks, 32, loss, items, group, *arguments, address(loss))
-    parts = kept(cupy.empty((items * chunks, 2)))
-    launch(_chunk_sums.of(like), more_blocks, 32, loss, items * chunks, parts_each, *arguments, address(parts))
+        rows_of_warp = items, group, chunks, 32 // chunks
+        return launch(_sparse_xent.of(like), blocks, 32, loss, *rows_of_warp, *arguments, address(loss))
+    parts, chunks_of_warp = kept(cupy.empty((items * chunks, 2))), (items * chunks, parts_each, chunks)
+    launch(_chunk_sums.of(like), more_blocks, 32, loss, *chunks_of_warp, *arguments, address(parts))
     return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
 
 
-def warps_for(items, chunks, resident, at_once=1):
-    """(blocks of a warp, rows of each): whole waves of `resident` warps that have equally much to do, in chunks about
+def warps_for(items, chunks, most, at_once=1):
+    """(blocks of a warp, rows of each): whole waves of `most` warps that have equally much to do, in chunks about
     32."""
-    waves = max(1, -(-items * chunks // (32 * resident)))
-    group = max(at_once, -(-items // (waves * resident)))
+    waves = max(1, -(-items * chunks // (32 * most)))
+    group = max(at_once, -(-items // (waves * most)))
     return -(-items // group), group
 
 
@@ -144,22 +146,21 @@ def target_of(like, rows, address, y):
 
 
 @device
-def look_up(like, rows, first, size, chunks, labels, weights, ignore_index, room):
-    """room[:, i] of this warp = (address, label, classes, target) of chunk first + i, the label as it counts there, the
-    target with the first chunk of a row."""
-    lane = np.int64(cuda.laneid)
+def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room):
+    """room[:, i] of this warp = (address, label, classes, target) of the i-th chunk from chunk k of row r on, the label
+    as it counts there, the target with the first chunk of a row."""
+    lane = np.int32(cuda.laneid)
     if lane < size:
-        r, k = first + lane, np.int64(0)
-        if chunks > 1:
-            r = (first + lane) // chunks
-            k = (first + lane - r * chunks) * CHUNK
+        k += lane
+        while k >= chunks:
+            r, k = r + 1, k - chunks
         address, y = row_of(like, rows, r, labels, weights, ignore_index)
         if k == 0:
             room[3, lane] = target_of(like, rows, address, y)
         if address != 0:
-            address, y = address + k * class_stride(like, rows), y - k
+            address, y = address + k * CHUNK * class_stride(like, rows), y - k * CHUNK
         room[0, lane], room[1, lane] = bits_float(address), bits_float(y)
-        room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k))
+        room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k * CHUNK))
     cuda.syncwarp()
 
 
@@ -182,14 +183,14 @@ def finish(like, loss, first, size, chunks, room):
     cuda.syncwarp()
 
 
-@kernel(32, SHORT_RESIDENT, SHORT_RESIDENT, 8)
+@kernel(32, 32, 32, 8)
 def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_index, loss):
     """Rows of one round: thread i looks up label and target of row i, `team` threads sum a row at once, so that the
     warp sums 32 / team of its `group` rows at a time; then thread i takes the logarithm for row i."""
     room = cuda.shared.array((4, 32), types.float64)
     team, first = np.int32(team), np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
-    look_up(like, rows, first, size, 1, labels, weights, ignore_index, room)
+    look_up(like, rows, first, np.int64(0), size, np.int64(1), labels, weights, ignore_index, room)
     at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
     while done < size:
         address, y, classes = np.int64(0), np.int32(-1), np.int32(0)
@@ -205,39 +206,38 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
     finish(like, loss, first, size, 1, room)
 
 
-@kernel(32, RESIDENT, RESIDENT, 8)
-def _sparse_xent(items, group, like, rows, labels, weights, ignore_index, loss):
-    """A warp takes `group` rows of up to 32 chunks: it looks up to 32 chunks up at once, sums one after the other, and
-    then each of its threads joins the chunks of a row and takes the logarithm."""
+@kernel(32, 16, 16, 8, shared=STREAM_SHARED)
+def _sparse_xent(items, group, chunks, at_once, like, rows, labels, weights, ignore_index, loss):
+    """A warp takes `group` rows of up to 32 chunks: it looks the chunks of `at_once` rows up, 32 at most, sums one after
+    the other, and then each of its threads joins the chunks of a row and takes the logarithm."""
     room = cuda.shared.array((4, 32), types.float64)
     ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
-    done = np.int32(0)
+    done = np.int64(0)
     while done < group:
-        first, size, chunks = rows_from(done, group, items, rows[5])
-        look_up(like, rows, first * chunks, size * chunks, chunks, labels, weights, ignore_index, room)
+        first, size = rows_from(done, group, items, at_once)
+        look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
         sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
-        done = np.int32(anew(np.int64(done)))
-        first, size, chunks = rows_from(done, group, items, rows[5])
+        done = anew(done)
+        first, size = rows_from(done, group, items, at_once)
         finish(like, loss, first, size, chunks, room)
-        done = np.int32(done + np.int32(32) // chunks)
+        done += at_once
 
 
 @device
-def rows_from(done, group, items, classes):
-    """(first row, rows, their chunks) that a warp sums at once, after it has summed `done` rows."""
-    chunks = np.int32((classes + CHUNK - 1) // CHUNK)
-    first = np.int64(cuda.blockIdx.x) * group + done
-    return first, np.int32(max(np.int64(0), min(np.int64(32) // chunks, group - done, items - first))), chunks
+def rows_from(done, group, items, at_once):
+    """(first row, number of rows) that a warp sums at once, after it has summed `done` rows."""
+    first = cuda.blockIdx.x * group + done
+    return first, max(np.int64(0), min(at_once, group - done, items - first))
 
 
-@kernel(32, RESIDENT, RESIDENT, 8)
-def _chunk_sums(items, group, like, rows, labels, weights, ignore_index, parts):
+@kernel(32, 16, 16, 8, shared=STREAM_SHARED)
+def _chunk_sums(items, group, chunks, like, rows, labels, weights, ignore_index, parts):
     """Rows of many chunks: as _sparse_xent, but for `group` chunks, of one row or of several."""
     room = cuda.shared.array((4, 32), types.float64)
     ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
     first = np.int64(cuda.blockIdx.x) * group
-    size = np.int32(min(group, items - first))
-    look_up(like, rows, first, size, (rows[5] + CHUNK - 1) // CHUNK, labels, weights, ignore_index, room)
+    size, r = np.int32(min(group, items - first)), first // chunks
+    look_up(like, rows, r, first - r * chunks, size, chunks, labels, weights, ignore_index, room)
     sum_chunks(like, rows[4], size, room, ring, RING)
     cuda.syncwarp()
     if cuda.laneid < size:
@@ -284,7 +284,7 @@ def frame_of(zero, like_grad, s, c, x, scale):
     return grad_frame(zero, like_grad, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
 
 
-@kernel(32 * GRAD_TEAMS, 2, 2, 1, room=GRAD_RING)
+@kernel(32 * GRAD_TEAMS, 2, 2, 1, room=GRAD_RING, shared=GRAD_SHARED)
 def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
     """A team sums a row, reads it again, the last rounds first, which its warps' rings still hold, and writes its
     gradient; one thread writes the target's."""
@@ -302,7 +302,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     cuda.syncwarp()
     s, c = 0.0, -np.inf
     if address != 0:
-        s, c = row_sum(like, rows, note, room, tasks[mine], warp_ring(ring), GRAD_RING)
+        s, c = row_sum(like, rows, notes, room, tasks[mine], warp_ring(ring), GRAD_RING)
     note = notes[thread_anew() >> 5]
     address, x, r = float_bits(note[0]), note[2], float_bits(note[3])
     m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
