@@ -107,8 +107,8 @@ def launch(kernel, blocks, threads, out, *args):
 
 
 class Compiled:
-    """A kernel of one signature on device `number`, the current one. Its arguments go to the driver in one piece, as C would lay them
-    out: Numba's own launch turns each into a ctypes object, which takes longer than all the rest."""
+    """A kernel of one signature on device `number`, the current one. Its arguments go to the driver in one piece, as C
+    would lay them out: Numba's own launch turns each into a ctypes object, which takes longer than all the rest."""
 
     def __init__(self, kernel, args, number):
         function = kernel.jit(number).compile(signature(args))._codelibrary.get_cufunc()

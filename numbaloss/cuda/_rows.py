@@ -102,9 +102,9 @@ def join_few(room, k, end):
 
 @device
 def row_sum(like, rows, notes, room, tasks, ring, capacity):
-    """(s, c) of the whole row notes[w, :2] = (address, skip), for each warp w, but for the class `skip`, for every thread of its team: its
-    chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, 32) float64, and a ring. A team has as
-    many warps as the row has chunks, PARTS / 32 at most. notes[w, 4] holds a number meanwhile."""
+    """(s, c) of the whole row notes[w, :2] = (address, skip), for each warp w, but for the class `skip`, for every
+    thread of its team: its chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, 32) float64, and
+    a ring. A team has as many warps as the row has chunks, PARTS / 32 at most. notes[w, 4] holds a number meanwhile."""
     lane, classes, first = np.int32(cuda.laneid), rows[5], np.int32(0)
     while np.int64(first) * CHUNK < classes:
         count, k = parts_from(first, classes)

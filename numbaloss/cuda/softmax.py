@@ -208,8 +208,8 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
 
 @kernel(32, 16, 16, 8, shared=STREAM_SHARED)
 def _sparse_xent(items, group, chunks, at_once, like, rows, labels, weights, ignore_index, loss):
-    """A warp takes `group` rows of up to 32 chunks: it looks the chunks of `at_once` rows up, 32 at most, sums one after
-    the other, and then each of its threads joins the chunks of a row and takes the logarithm."""
+    """A warp takes `group` rows of up to 32 chunks: it looks up those of `at_once` rows, 32 at most, sums one after the
+    other, and then each of its threads joins the chunks of a row and takes the logarithm."""
     room = cuda.shared.array((4, 32), types.float64)
     ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
     done = np.int64(0)
