@@ -152,7 +152,9 @@ def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room)
     lane = np.int32(cuda.laneid)
     if lane < size:
         k += lane
-        while k >= chunks:
+        if chunks == 1:
+            r, k = r + k, np.int64(0)
+        while k >= chunks:  # up to 16 times: a division of 64 bits takes longer
             r, k = r + 1, k - chunks
         address, y = row_of(like, rows, r, labels, weights, ignore_index)
         if k == 0:
