@@ -442,6 +442,17 @@ def store_ring(like, where, item):
     ring[place : place + item.itemsize] = np.array([item]).view(np.uint8)
 
 
+@twin(_memory.hide_item)
+def hide_item(like, where):
+    store_ring(like, where, narrowed(like, np.float32([-np.inf]))[0])
+
+
+@twin(_memory.hide_load)
+def hide_load(like, where):
+    for k in range(per_load(like)):
+        hide_item(like, int(where) + k * dtype_of(like).itemsize)
+
+
 @twin(_memory.load_ring)
 def load_ring(like, where):
     ring, place = _ring(where)

@@ -360,9 +360,7 @@ def shared_address(typingctx, array):
 
     def codegen(context, builder, sig, args):
         data = context.make_array(array)(context, builder, args[0]).data
-        address = builder.ptrtoint(builder.addrspacecast(data, data.type.pointee.as_pointer(3)), _I32)
-        kind = ir.FunctionType(_I32, [_I32])  # once: it would be worked out anew in each round
-        return builder.call(ir.InlineAsm(kind, "mov.b32 $0, $1;", "=r,r", side_effect=True), [address])
+        return builder.ptrtoint(builder.addrspacecast(data, data.type.pointee.as_pointer(3)), _I32)
 
     return types.int32(array), codegen
 
@@ -456,6 +454,36 @@ def store_ring(typingctx, like, where, item):
         return context.get_dummy_value()
 
     return types.void(like, types.int32, like), codegen
+
+
+def _store_none(builder, like, where, count):
+    """`count` times -inf to shared memory."""
+    none = {types.int16: 0xFC00, types.uint16: 0xFF80, types.float32: 0xFF800000}[like]
+    bits = ir.IntType(like.bitwidth)
+    pointer = builder.inttoptr(where, ir.VectorType(bits, count).as_pointer(3))
+    builder.store(ir.Constant(ir.VectorType(bits, count), [none] * count), pointer, align=count * like.bitwidth // 8)
+
+
+@intrinsic
+def hide_item(typingctx, like, where):
+    """Write -inf to a ring in place of one logit."""
+
+    def codegen(context, builder, sig, args):
+        _store_none(builder, like, args[1], 1)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int32), codegen
+
+
+@intrinsic
+def hide_load(typingctx, like, where):
+    """As hide_item, in place of 16 bytes."""
+
+    def codegen(context, builder, sig, args):
+        _store_none(builder, like, args[1], _per_load(like))
+        return context.get_dummy_value()
+
+    return types.void(like, types.int32), codegen
 
 
 @intrinsic

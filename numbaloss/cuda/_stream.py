@@ -46,9 +46,8 @@ from ._memory import (
     end_of_round,
     first_lanes,
     halves,
-    hide,
-    hide_first,
-    hide_from,
+    hide_item,
+    hide_load,
     join,
     larger_of_pair,
     load,
@@ -61,18 +60,6 @@ from ._memory import (
 )
 
 CLIP_LIMIT = f32(256)  # up to here 16-bit logits lie at most 1 apart
-
-
-@device
-def ring_step(like, where, p, begin, end, skip):
-    """As load_step for a warp, of logits side by side that have been copied to this thread's places in a ring."""
-    position = np.int32(p + cuda.laneid * (16 // item_size(like)))
-    v = load_ring(like, where)
-    if p < begin:
-        v = hide_first(like, v, np.int32(begin - position))
-    if end - p < LANES:
-        v = hide_from(like, v, np.int32(end - position), WARP)
-    return hide(like, v, np.int32(skip - position), WARP) if 0 <= skip - p < LANES else v
 
 
 @device
@@ -90,20 +77,23 @@ def rounds_in(like, capacity):
 def copy_round(like, where, task, at, left, size, room):
     """Start to copy the next round of the tasks of sum_stream: `left` bytes of this task, from `at` on (this thread's
     first load), have not been asked for. Gives (task, at, left) for the round after it."""
-    if left <= 0:
-        task = np.int32(task + 1)
-        while task < size and float_bits(room[0, task]) == 0:
-            task = np.int32(task + 1)
-        if task < size:
-            base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
-            at = base + cuda.laneid * 16
-            left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
     if left >= round_bytes(like):
         copy_ahead(like, where, at)
-    elif left > 0:
-        mine = np.int32(left - cuda.laneid * 16)
-        copy_ahead_part(like, where, at, mine)
-        copy_rest(like, where, at, mine)
+    else:
+        if left <= 0:
+            task = np.int32(task + 1)
+            while task < size and float_bits(room[0, task]) == 0:
+                task = np.int32(task + 1)
+            if task < size:
+                base, begin = first_position(like, float_bits(room[0, task]), item_size(like))
+                at = base + cuda.laneid * 16
+                left = np.int32(min(begin + float_bits(room[2, task]), np.int64(CHUNK)) * item_size(like))
+        if left > 0:
+            mine = np.int32(min(left, round_bytes(like)) - cuda.laneid * 16)
+            there = np.int32(anew(np.int64(where)))  # or what is made of it is made in each round
+            copy_ahead_part(like, there, at, mine)
+            hide_rest(like, there, mine)
+            copy_rest(like, there, at, mine)
     end_of_round()
     return task, at + round_bytes(like), np.int32(left - round_bytes(like))
 
@@ -118,6 +108,28 @@ def copy_rest(like, where, at, left):
         while k < left:
             store_ring(like, np.int32(where + k), load(like, at + k))
             k = np.int32(k + item_size(like))
+
+
+@device
+def hide_rest(like, where, left):
+    """-inf in place of this thread's loads that are not whole where `left` bytes, less than a round, are left."""
+    for k in range(round_bytes(like) // APART):
+        if left - APART * k < 16:
+            hide_load(like, np.int32(where + APART * k))
+
+
+@device
+def hide_in_ring(like, where, p, begin, skip):
+    """-inf for what a chunk's first load holds of its neighbour, and for the class `skip`, in the round from position p
+    on that has been copied to `where`."""
+    if p < begin and cuda.laneid == 0:
+        k = np.int32(begin - 1)
+        while k >= p:
+            hide_item(like, np.int32(where + (k - p) * item_size(like)))
+            k = np.int32(k - 1)
+    at = np.int32((skip - p) * item_size(like))
+    if 0 <= at < round_bytes(like) and (at >> 4) & 31 == cuda.laneid:
+        hide_item(like, np.int32(where + (at & -APART) + (at & 15)))
 
 
 @device
@@ -238,34 +250,25 @@ def sum_stream(like, stride, size, room, ring, capacity):
                 ref = guess_after(room[1, i - 1])
             if ref != ref:
                 await_oldest(like, capacity)
-                head = ring_step(like, where, np.int32(0), begin, end, skip)
-                ref = exponent_32(team_largest(head, WARP))
+                hide_in_ring(like, where, np.int32(0), begin, skip)
+                ref = exponent_32(team_largest(load_ring(like, where), WARP))
             m, low = frame_32(ref, BIAS)
-            clip, best = clip_of(like, low), no_top(like)
-            total, top, p = zeros(like), np.int32(0), np.int32(0)
-            whole = np.int32(end & -LANES) if clip != 0 else np.int32(0)
-            apart = np.int32(skip & -LANES) if skip >= 0 else whole
-            while p < min(end, np.int32(CHUNK)):
-                stop = min(whole, apart) if p <= apart else whole
-                if p < begin:
-                    stop = np.int32(0)
-                while p < stop:
-                    await_oldest(like, capacity)
-                    total, best = add_round(like, where, clip, low, m, total, best)
-                    task, at, left = copy_round(like, where, task, at, left, size, room)
-                    where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
-                if p < min(end, np.int32(CHUNK)):
-                    await_oldest(like, capacity)
-                    x = ring_step(like, where, p, begin, end, skip)
-                    total, top = add_step(x, low, m, total, top)
-                    task, at, left = copy_round(like, where, task, at, left, size, room)
-                    where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
+            clip, total, top, p = clip_of(like, low), zeros(like), no_top(like), np.int32(0)
+            last, apart = min(end, np.int32(CHUNK)), np.int32(0) if begin > 0 else np.int32(skip & -LANES)
+            while p < last:
+                await_oldest(like, capacity)
+                if p == apart:
+                    hide_in_ring(like, where, p, begin, skip)
+                    apart = np.int32(skip & -LANES)
+                total, top = add_round(like, where, clip, low, m, total, top)
+                task, at, left = copy_round(like, where, task, at, left, size, room)
+                where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
+            top = exponent_word(like, top, low, m)
             if end > CHUNK:
                 total, t = add_late(like, late, low, m, total)
                 top = max(top, float_bits(t))
-            top = max(top, exponent_word(like, best, low, m))
             s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
-            if 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
+            if clip != 0 and 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 k = np.int32(anew(np.int64(i)))  # or a place in room is held all through the sum
                 put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
         cuda.syncwarp()

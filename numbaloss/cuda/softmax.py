@@ -51,6 +51,7 @@ from ._memory import (
 )
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
+    ALL,
     PARTS,
     TEAMS,
     class_stride,
@@ -167,9 +168,11 @@ def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room)
 
 
 @device
-def thread_ring(ring):
-    """This thread's first places in a warp's ring."""
-    return np.int32(shared_address(ring) + cuda.laneid * 16)
+def thread_ring(ring, warp, capacity):
+    """This thread's first places in the ring of its warp. They come through a shuffle, or the compiler works them out
+    anew in each round."""
+    where = np.int32(shared_address(ring) + warp * capacity + cuda.laneid * 16)
+    return np.int32(cuda.shfl_sync(ALL, where, cuda.laneid))
 
 
 @device
@@ -213,7 +216,7 @@ def _sparse_xent(items, group, chunks, at_once, like, rows, labels, weights, ign
     """A warp takes `group` rows of up to 32 chunks: it looks up those of `at_once` rows, 32 at most, sums one after the
     other, and then each of its threads joins the chunks of a row and takes the logarithm."""
     room = cuda.shared.array((4, 32), types.float64)
-    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
     done = np.int64(0)
     while done < group:
         first, size = rows_from(done, group, items, at_once)
@@ -236,7 +239,7 @@ def rows_from(done, group, items, at_once):
 def _chunk_sums(items, group, chunks, like, rows, labels, weights, ignore_index, parts):
     """Rows of many chunks: as _sparse_xent, but for `group` chunks, of one row or of several."""
     room = cuda.shared.array((4, 32), types.float64)
-    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16))
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
     first = np.int64(cuda.blockIdx.x) * group
     size, r = np.int32(min(group, items - first)), first // chunks
     look_up(like, rows, r, first - r * chunks, size, chunks, labels, weights, ignore_index, room)
@@ -304,7 +307,9 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     cuda.syncwarp()
     s, c = 0.0, -np.inf
     if address != 0:
-        s, c = row_sum(like, rows, notes, room, tasks[mine], warp_ring(ring), GRAD_RING)
+        s, c = row_sum(
+            like, rows, notes, room, tasks[mine], thread_ring(ring, thread_anew() >> 5, GRAD_RING), GRAD_RING
+        )
     note = notes[thread_anew() >> 5]
     address, x, r = float_bits(note[0]), note[2], float_bits(note[3])
     m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
@@ -319,7 +324,20 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     if address == 0:
         fill_row(like, rows, r, like_grad, grad_rows, number(like, x))
     else:
-        write_grad(like, rows, rows[4], r, address, like_grad, grad_rows, m, low, shift, factor, warp_ring(ring))
+        write_grad(
+            like,
+            rows,
+            rows[4],
+            r,
+            address,
+            like_grad,
+            grad_rows,
+            m,
+            low,
+            shift,
+            factor,
+            thread_ring(ring, thread_anew() >> 5, GRAD_RING),
+        )
     note = notes[thread_anew() >> 5]
     if float_bits(note[0]) != 0:
         _, warp, warps = team_of(rows[5])
@@ -329,12 +347,6 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         if warp == 0 and cuda.laneid == 0:
             to = row_address(grad_rows, float_bits(note[3])) + float_bits(note[1]) * class_stride(like_grad, grad_rows)
             store_item(like_grad, to, number(like, note[5]))
-
-
-@device
-def warp_ring(ring):
-    """This thread's first places in the ring of its warp."""
-    return np.int32(shared_address(ring) + (thread_anew() >> 5) * GRAD_RING + cuda.laneid * 16)
 
 
 @device
