@@ -26,7 +26,7 @@ from ._chunks import (
 from ._launch import cuda, device
 from ._memory import anew, count_larger, first_item, load, thread_anew
 from ._operands import item_place
-from ._stream import sum_chunks
+from ._stream import start_chunks, sum_chunks
 
 PARTS = 256  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
@@ -118,7 +118,9 @@ def row_sum(like, rows, notes, room, tasks, ring, capacity):
             notes[thread_anew() >> 5, 4] = bits_float(np.int64(first if classes > CHUNK else -1))
         cuda.syncwarp()
         _, warp, warps = team_of(classes)
-        sum_chunks(like, rows[4], np.int32((count - 2 - warp + warps) // warps), tasks, ring, capacity)
+        size = np.int32((count - 2 - warp + warps) // warps)
+        ahead = start_chunks(like, rows[4], size, tasks, ring, capacity)
+        sum_chunks(like, rows[4], size, tasks, ring, capacity, ahead)
         cuda.syncwarp()
         first = np.int32(float_bits(notes[thread_anew() >> 5, 4]))
         if first < 0:

@@ -216,7 +216,7 @@ def add_late(like, late, low, m, total):
 
 
 @device
-def sum_apart(like, stride, size, room, ring, capacity):
+def sum_apart(like, stride, size, room, ring, capacity, ahead):
     """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
     guess, i = NO_GUESS, np.int32(0)
     while i < size:  # range() would hold a register more
@@ -231,13 +231,20 @@ def sum_apart(like, stride, size, room, ring, capacity):
 
 
 @device
-def sum_stream(like, stride, size, room, ring, capacity):
-    """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
-    wait for a sum. One that its guess does not fit is summed again from memory."""
+def start_stream(like, size, room, ring, capacity):
+    """Start to copy as many rounds as the ring holds; gives (task, at, left) of copy_round, and where the first is."""
     task, at, left, where = np.int32(-1), np.int64(0), np.int32(0), ring
     for _ in range(rounds_in(like, capacity)):
         task, at, left = copy_round(like, where, task, at, left, size, room)
         where = next_round(like, where, ring, capacity)
+    return task, at, left, where
+
+
+@device
+def sum_stream(like, stride, size, room, ring, capacity, ahead):
+    """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
+    wait for a sum. One that its guess does not fit is summed again from memory."""
+    task, at, left, where = ahead
     i = np.int32(0)
     while i < size:
         address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
@@ -273,7 +280,7 @@ def sum_stream(like, stride, size, room, ring, capacity):
                 put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
         cuda.syncwarp()
         i = np.int32(i + 1)
-    sum_apart(like, stride, size, room, ring, capacity)
+    sum_apart(like, stride, size, room, ring, capacity, ahead)
 
 
 @device
@@ -284,21 +291,33 @@ def put_sum(room, i, s, c):
         room[0, i], room[1, i], room[2, i] = s, c, 0.0
 
 
-def sum_chunks(like, stride, size, room, ring, capacity):
+def start_chunks(like, stride, size, room, ring, capacity):
+    """What sum_chunks begins with; whatever is loaded in between does not keep the logits waiting."""
+    if isinstance(stride, np.int32) and not isinstance(like, float):
+        return start_stream(like, size, room, ring, capacity)
+    return None
+
+
+@overload(start_chunks)
+def _start_chunks(like, stride, size, room, ring, capacity):
+    if like != types.float64 and stride == types.int32:
+        return lambda like, stride, size, room, ring, capacity: start_stream(like, size, room, ring, capacity)
+    return lambda like, stride, size, room, ring, capacity: None
+
+
+def sum_chunks(like, stride, size, room, ring, capacity, ahead):
     """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
-    of 0 is no chunk. `stride` is an int32 where classes lie side by side."""
-    ahead = isinstance(stride, np.int32) and not isinstance(like, float)
-    return (sum_stream if ahead else sum_apart)(like, int(stride), size, room, ring, capacity)
+    of 0 is no chunk. `stride` is an int32 where classes lie side by side; `ahead` is from start_chunks."""
+    return (sum_apart if ahead is None else sum_stream)(like, int(stride), size, room, ring, capacity, ahead)
 
 
 @overload(sum_chunks)
-def _sum_chunks(like, stride, size, room, ring, capacity):
-    if like != types.float64 and stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity: sum_stream(
-            like, np.int64(item_size(like)), size, room, ring, capacity
-        )
+def _sum_chunks(like, stride, size, room, ring, capacity, ahead):
+    function = sum_apart if ahead == types.none else sum_stream
     if stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity: sum_apart(
-            like, np.int64(item_size(like)), size, room, ring, capacity
+        return lambda like, stride, size, room, ring, capacity, ahead: function(
+            like, np.int64(item_size(like)), size, room, ring, capacity, ahead
         )
-    return lambda like, stride, size, room, ring, capacity: sum_apart(like, stride, size, room, ring, capacity)
+    return lambda like, stride, size, room, ring, capacity, ahead: function(
+        like, stride, size, room, ring, capacity, ahead
+    )

@@ -65,14 +65,15 @@ from ._rows import (
     score_row,
     team_of,
 )
-from ._stream import copy_rest, round_bytes, rounds_in, sum_chunks
+from ._stream import copy_rest, round_bytes, rounds_in, start_chunks, sum_chunks
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
 ROUNDS = CHUNK // LANES
 GRAD_TEAMS = 8  # warps of a block that writes gradients
-GRAD_SHARED = (3 * PARTS + GRAD_TEAMS * (3 * 32 + 6)) * 8  # its bytes of shared memory beside the rings
+NOTE = 7  # numbers that a warp keeps of its row
+GRAD_SHARED = (3 * PARTS + GRAD_TEAMS * (3 * 32 + NOTE)) * 8  # its bytes of shared memory beside the rings
 
 
 def teams(items, classes, warps=TEAMS):
@@ -148,9 +149,9 @@ def target_of(like, rows, address, y):
 
 @device
 def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room):
-    """room[:, i] of this warp = (address, label, classes, target) of the i-th chunk from chunk k of row r on, the label
-    as it counts there, the target with the first chunk of a row."""
-    lane = np.int32(cuda.laneid)
+    """room[:3, i] of this warp = (address, label, classes) of the i-th chunk from chunk k of row r on, the label as it
+    counts there. Gives the target of this thread's chunk, if that is the first one of a row."""
+    lane, x = np.int32(cuda.laneid), 0.0
     if lane < size:
         k += lane
         if chunks == 1:
@@ -159,12 +160,13 @@ def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room)
             r, k = r + 1, k - chunks
         address, y = row_of(like, rows, r, labels, weights, ignore_index)
         if k == 0:
-            room[3, lane] = target_of(like, rows, address, y)
+            x = target_of(like, rows, address, y)
         if address != 0:
             address, y = address + k * CHUNK * class_stride(like, rows), y - k * CHUNK
         room[0, lane], room[1, lane] = bits_float(address), bits_float(y)
         room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k * CHUNK))
     cuda.syncwarp()
+    return x
 
 
 @device
@@ -195,7 +197,8 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
     room = cuda.shared.array((4, 32), types.float64)
     team, first = np.int32(team), np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
-    look_up(like, rows, first, np.int64(0), size, np.int64(1), labels, weights, ignore_index, room)
+    x = look_up(like, rows, first, np.int64(0), size, np.int64(1), labels, weights, ignore_index, room)
+    room[3, cuda.laneid] = x
     at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
     while done < size:
         address, y, classes = np.int64(0), np.int32(-1), np.int32(0)
@@ -220,8 +223,10 @@ def _sparse_xent(items, group, chunks, at_once, like, rows, labels, weights, ign
     done = np.int64(0)
     while done < group:
         first, size = rows_from(done, group, items, at_once)
-        look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
-        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
+        x = look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
+        ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
+        room[3, cuda.laneid] = x  # which the copies did not wait for
+        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead)
         done = anew(done)
         first, size = rows_from(done, group, items, at_once)
         finish(like, loss, first, size, chunks, room)
@@ -243,7 +248,7 @@ def _chunk_sums(items, group, chunks, like, rows, labels, weights, ignore_index,
     first = np.int64(cuda.blockIdx.x) * group
     size, r = np.int32(min(group, items - first)), first // chunks
     look_up(like, rows, r, first - r * chunks, size, chunks, labels, weights, ignore_index, room)
-    sum_chunks(like, rows[4], size, room, ring, RING)
+    sum_chunks(like, rows[4], size, room, ring, RING, start_chunks(like, rows[4], size, room, ring, RING))
     cuda.syncwarp()
     if cuda.laneid < size:
         at, i = parts + (first + cuda.laneid) * 16, np.int32(cuda.laneid)
@@ -295,15 +300,15 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     gradient; one thread writes the target's."""
     room, tasks = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array((GRAD_TEAMS, 3, 32), types.float64)
     ring = cuda.shared.array(0, types.float64, 16)
-    notes, mine = cuda.shared.array((GRAD_TEAMS, 6), types.float64), np.int32(thread_anew() >> 5)
-    note = notes[mine]  # (address, label, target, row, ..., entry) of a warp's row: registers are for the sum
+    notes, mine = cuda.shared.array((GRAD_TEAMS, NOTE), types.float64), np.int32(thread_anew() >> 5)
+    note = notes[mine]  # (address, label, target, row, ..., entry, scale) of a warp's row: registers are for the sum
     r, _, _ = team_of(rows[5])
     if r >= items:
         return
     address, y = row_of(like, rows, r, labels, weights, ignore_index)
-    zero, x = compute_zero(like), target_of(like, rows, address, y)
+    zero, x, g = compute_zero(like), target_of(like, rows, address, y), load(0.0, scale + r * 8)
     if cuda.laneid == 0:
-        note[0], note[1], note[2], note[3] = bits_float(address), bits_float(y), x, bits_float(r)
+        note[0], note[1], note[2], note[3], note[6] = bits_float(address), bits_float(y), x, bits_float(r), g
     cuda.syncwarp()
     s, c = 0.0, -np.inf
     if address != 0:
@@ -315,7 +320,7 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
     value = number(like, x)
     if address != 0:
-        m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, load(0.0, scale + r * 8))
+        m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, note[6])
         value = loss_of(like, s, c, x)
     _, warp, _ = team_of(rows[5])
     if warp == 0 and cuda.laneid == 0:
