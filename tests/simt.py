@@ -242,7 +242,7 @@ def scalar_twin(function):
             key = tuple(map(_kind, args))
         found = known.get(key)
         if found is None:
-            function(*args)
+            function.compile(tuple(map(numba.typeof, args)))  # a call would run twice, which shows in arrays
             compiled = function.overloads[tuple(map(numba.typeof, args))]
             found = known[key] = compiled.entry_point, _convert(compiled.signature.return_type)
         run, convert = found
