@@ -374,12 +374,16 @@ def time_sigmoid(device, report, n=1 << 28):
 
 def time_host(report, calls_each=2000):
     """What a call costs the host: many calls that nobody waits for, on an input so small that the device keeps up."""
+    from numbaloss import _check
     from numbaloss.cuda import _launch, totals
 
     x, y, w = random_logits(4, 10, "float32"), cupy.arange(4), cupy.ones(4, np.float32)
     values = cupy.zeros(4, np.float32)
     kernel, arguments = totals._negate.of(np.float32(0)), (4, np.float32(0), values.data.ptr)
     contenders = {
+        "cupy.empty": lambda: cupy.empty(4, np.float32),
+        "current stream": cupy.cuda.get_current_stream,
+        "a check of the labels": lambda: _check.labels(y, (4,), "labels", x),  # Python alone: how fast this host is
         "launch alone": lambda: _launch.launch(kernel, 1, totals.THREADS, values, *arguments),
         "sparse_softmax_cross_entropy_with_logits": lambda: nl.sparse_softmax_cross_entropy_with_logits(y, x),
         "cross_entropy none": lambda: nl.cross_entropy(x, y, reduction="none"),

@@ -131,19 +131,19 @@ MUTANTS = {
         "test_cuda.py::test_rows_in_a_stream[float32-1101]",
     ),
     "CUDA: a gradient's rounds in a ring that other chunks filled": (
-        "cuda/softmax.py",
+        "cuda/_gradients.py",
         "    if last > PARTS - 2:",
         "    if last > PARTS:",
         "test_cuda.py::test_many_classes[float32]",
     ),
     "CUDA: a gradient's first round is the one before the last": (
-        "cuda/softmax.py",
+        "cuda/_gradients.py",
         "where = np.int32(ring + (summed + slots - 1) % slots * round_bytes(like))",
         "where = np.int32(ring + (summed + slots - 2) % slots * round_bytes(like))",
         "test_cuda.py::test_gradients[1025-bfloat16]",
     ),
     "CUDA: no gradient for the ninth round": (
-        "cuda/softmax.py",
+        "cuda/_gradients.py",
         "        if i < begin and at < classes:",
         "        if i < begin - 1 and at < classes:",
         "test_cuda.py::test_many_classes[bfloat16]",
@@ -192,8 +192,8 @@ MUTANTS = {
     ),
     "CUDA: a class too many at the end": (
         "cuda/_stream.py",
-        "whole = np.int32(end & -LANES)",
-        "whole = np.int32((end + 1) & -LANES)",
+        "        while k < left:\n            store_ring",
+        "        while k < left + item_size(like):\n            store_ring",
         "test_cuda.py::test_classes[2047-float32]",
     ),
     "CUDA: a class too few in the ninth round": (
@@ -210,8 +210,8 @@ MUTANTS = {
     ),
     "CUDA: a round that is not waited for": (
         "cuda/_stream.py",
-        "                    await_oldest(like, capacity)\n                    total, best",
-        "                    total, best",
+        "                await_oldest(like, capacity)\n                if p == apart",
+        "                if p == apart",
         "test_cuda.py::test_classes[7680-float32]",
     ),
     "CUDA: a ring of one round": (
@@ -222,9 +222,21 @@ MUTANTS = {
     ),
     "CUDA: bytes of the row after it": (
         "cuda/_stream.py",
-        "    if end - p < LANES:\n        v = hide_from",
-        "    if end - p < 0:\n        v = hide_from",
+        "        if left - APART * k < 16:",
+        "        if left - APART * k < 0:",
         "test_cuda.py::test_classes[1025-float32]",
+    ),
+    "CUDA: bytes of the row before it": (
+        "cuda/_stream.py",
+        "            if k < begin - p:",
+        "            if k < begin - p - 1:",
+        "test_cuda.py::test_unaligned_rows[bfloat16-1]",
+    ),
+    "CUDA: a target in a row's first round, which holds the row before it too": (
+        "cuda/_stream.py",
+        "np.int32(0) if begin > 0 else np.int32(skip & -LANES)",
+        "np.int32(skip & -LANES)",
+        "test_cuda.py::test_unaligned_rows[bfloat16-1]",
     ),
     "CUDA: 16-bit logits that are clipped to the largest": (
         "cuda/_stream.py",

@@ -43,6 +43,7 @@ from ._memory import (
 )
 
 WARP = np.int32(32)
+ALL = 0xFFFFFFFF  # threads of a warp
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the warp's chunk before it
 NO_GUESS = f32(np.nan)
 

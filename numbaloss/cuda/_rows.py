@@ -12,6 +12,7 @@ from .._intrinsics import bits_float, float_bits, fma, ordered_bits
 from .._scalar import CHUNK, LANES, exp_64, f32, merge_moments, others_to_target, target_loss
 from .._typed import compute_zero, item_size, key_value, number, widen
 from ._chunks import (
+    ALL,
     NO_GUESS,
     WARP,
     chunk_moment,
@@ -30,7 +31,6 @@ from ._stream import start_chunks, sum_chunks
 
 PARTS = 256  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
-ALL = 0xFFFFFFFF
 
 
 @device

@@ -26,6 +26,7 @@ from .._scalar import (
 )
 from .._typed import item_size, widen
 from ._chunks import (
+    ALL,
     NO_GUESS,
     WARP,
     add_step,
@@ -54,12 +55,21 @@ from ._memory import (
     load_ring,
     load_ring_above,
     pair_above,
+    shared_address,
     store_ring,
     warp_largest,
     zeros,
 )
 
 CLIP_LIMIT = f32(256)  # up to here 16-bit logits lie at most 1 apart
+
+
+@device
+def thread_ring(ring, warp, capacity):
+    """This thread's first places in the ring of its warp. They come through a shuffle, or the compiler works them out
+    anew in each round."""
+    where = np.int32(shared_address(ring) + warp * capacity + cuda.laneid * 16)
+    return np.int32(cuda.shfl_sync(ALL, where, cuda.laneid))
 
 
 @device
@@ -123,12 +133,11 @@ def hide_in_ring(like, where, p, begin, skip):
     """-inf for what a chunk's first load holds of its neighbour, and for the class `skip`, in the round from position p
     on that has been copied to `where`."""
     if p < begin and cuda.laneid == 0:
-        k = np.int32(begin - 1)
-        while k >= p:
-            hide_item(like, np.int32(where + (k - p) * item_size(like)))
-            k = np.int32(k - 1)
+        for k in range(16 // item_size(like)):
+            if k < begin - p:
+                hide_item(like, np.int32(where + k * item_size(like)))
     at = np.int32((skip - p) * item_size(like))
-    if 0 <= at < round_bytes(like) and (at >> 4) & 31 == cuda.laneid:
+    if 0 <= at < round_bytes(like) and np.int32(at >> 4 & 31) == np.int32(cuda.laneid):
         hide_item(like, np.int32(where + (at & -APART) + (at & 15)))
 
 

@@ -7,7 +7,6 @@ of logits, `items` that of rows. Kernels return nothing: where the CPU's count l
 import cupy
 import numpy as np
 from numba import types
-from numba.extending import overload
 
 from .._intrinsics import bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
@@ -30,20 +29,14 @@ from ._columns import (
     take_rows,
     threads_of,
 )
+from ._gradients import fill_row, write_grad
 from ._launch import cuda, device, kept, kernel, launch, resident
 from ._memory import (
     GRAD_RING,
     RING,
     RING_ITEMS,
     anew,
-    await_oldest,
-    copy_last,
-    copy_last_part,
-    end_of_round,
-    fill,
     load,
-    load_ring,
-    shared_address,
     store,
     store_item,
     store_part,
@@ -51,7 +44,6 @@ from ._memory import (
 )
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
-    ALL,
     PARTS,
     TEAMS,
     class_stride,
@@ -65,12 +57,11 @@ from ._rows import (
     score_row,
     team_of,
 )
-from ._stream import copy_rest, round_bytes, rounds_in, start_chunks, sum_chunks
+from ._stream import start_chunks, sum_chunks, thread_ring
 
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
-ROUNDS = CHUNK // LANES
 GRAD_TEAMS = 8  # warps of a block that writes gradients
 NOTE = 7  # numbers that a warp keeps of its row
 GRAD_SHARED = (3 * PARTS + GRAD_TEAMS * (3 * 32 + NOTE)) * 8  # its bytes of shared memory beside the rings
@@ -167,14 +158,6 @@ def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room)
         room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k * CHUNK))
     cuda.syncwarp()
     return x
-
-
-@device
-def thread_ring(ring, warp, capacity):
-    """This thread's first places in the ring of its warp. They come through a shuffle, or the compiler works them out
-    anew in each round."""
-    where = np.int32(shared_address(ring) + warp * capacity + cuda.laneid * 16)
-    return np.int32(cuda.shfl_sync(ALL, where, cuda.laneid))
 
 
 @device
@@ -352,148 +335,6 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
         if warp == 0 and cuda.laneid == 0:
             to = row_address(grad_rows, float_bits(note[3])) + float_bits(note[1]) * class_stride(like_grad, grad_rows)
             store_item(like_grad, to, number(like, note[5]))
-
-
-@device
-def fill_row(like, rows, r, like_grad, grad_rows, value):
-    """Each entry of a row = value, by its team."""
-    _, warp, warps = team_of(rows[5])
-    grad_stride, p = class_stride(like_grad, grad_rows), np.int64(warp) * LANES
-    position = np.int32(cuda.laneid * (16 // item_size(like)))
-    to = row_address(grad_rows, r) + position * grad_stride
-    while p < rows[5]:
-        near = np.int32(min(rows[5] - p, np.int64(LANES)))
-        store_part(like, like_grad, to + p * grad_stride, grad_stride, position, np.int32(0), near, fill(like, value))
-        p += warps * LANES
-
-
-@device
-def entries(v, shift, m, low, factor):
-    """grad_of, in two branches: most rows have no shift."""
-    if shift == number(shift, 0.0):
-        return grad_of(v, m, low, factor)
-    return grad_of(v - shift, m, low, factor)
-
-
-@device
-def write_apart(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-    """write_grad of rows that are not copied ahead."""
-    _, warp, warps = team_of(rows[5])
-    stride, grad_stride, out = class_stride(like, rows), class_stride(like_grad, grad_rows), row_address(grad_rows, r)
-    base, begin = first_position(like, address, stride)
-    end, p = begin + rows[5], np.int64(warp) * LANES
-    while p < end:
-        near = np.int32(min(end - p, np.int64(LANES)))  # positions from p on, which may lie beyond 32 bits
-        before = np.int32(begin) if p == 0 else np.int32(0)
-        position = np.int32(cuda.laneid * (16 // item_size(like)))
-        v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
-        to = out + (p - begin + position) * grad_stride
-        store_part(like, like_grad, to, grad_stride, position, before, near, entries(v, shift, m, low, factor))
-        p += warps * LANES
-
-
-@device
-def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-    """write_grad by a ring. A warp takes the chunks that it has summed, the last rounds first: the ring still holds as
-    many as it has room for, and where one has been written, one before those is copied."""
-    _, warp, warps = team_of(rows[5])
-    classes, grad_stride, out = rows[5], class_stride(like_grad, grad_rows), row_address(grad_rows, r)
-    base, begin = first_position(like, address, item_size(like))
-    last = np.int32((classes - 1) // CHUNK)
-    k = np.int32(warp) + (last - np.int32(warp)) // np.int32(warps) * np.int32(warps)
-    j, slots = last_round(begin, classes, k), rounds_in(like, GRAD_RING)
-    summed = np.int32((k - np.int32(warp)) // np.int32(warps) * ROUNDS + j + 1)  # rounds that went through the ring
-    if last > PARTS - 2:  # in parts that began with other warps
-        summed = np.int32(0)
-    where = np.int32(ring + (summed + slots - 1) % slots * round_bytes(like))
-    k_ahead, j_ahead, ahead = k, j, where
-    for i in range(slots):
-        if i < summed:
-            k_ahead, j_ahead = round_before(k_ahead, j_ahead, warps)
-        else:
-            k_ahead, j_ahead = copy_back(like, ahead, base, begin, classes, k_ahead, j_ahead, warps)
-        ahead = round_behind(like, ahead, ring)
-    position = np.int32(cuda.laneid * (16 // item_size(like)))
-    while k >= 0:
-        await_oldest(like, GRAD_RING)
-        g = entries(load_ring(like, where), shift, m, low, factor)
-        p, end = np.int32(j * LANES), np.int32(begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK))
-        before, near = begin if j == 0 else np.int32(0), min(np.int32(end - p), np.int32(LANES))
-        to = out + (np.int64(k) * CHUNK + p - begin + position) * grad_stride
-        store_part(like, like_grad, to, grad_stride, position, before, near, g)
-        k_ahead, j_ahead = copy_back(like, where, base, begin, classes, k_ahead, j_ahead, warps)
-        where = round_behind(like, where, ring)
-        k, j = round_before(k, j, warps)
-    write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor)
-
-
-@device
-def write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor):
-    """Gradients of what the ninth rounds of this warp's chunks hold, which went through no ring: eight threads a
-    chunk."""
-    _, warp, warps = team_of(classes)
-    i, k = np.int64(cuda.laneid & 7), np.int64(warp) + (cuda.laneid >> 3) * warps
-    while k * CHUNK < classes:
-        at = (k + 1) * CHUNK - begin + i
-        if i < begin and at < classes:
-            x = widen(load(like, address + at * item_size(like)))
-            store_item(like_grad, out + at * grad_stride, grad_of(x - shift, m, low, factor))
-        k += 4 * warps
-
-
-@device
-def round_behind(like, where, ring):
-    """This thread's places for the round before that at `where`."""
-    return np.int32(where - round_bytes(like)) if where > ring else np.int32(ring + GRAD_RING - round_bytes(like))
-
-
-@device
-def last_round(begin, classes, k):
-    """The number of the last round of chunk k of a row that begins at this position, but for the ninth."""
-    size = min(np.int64(CHUNK), begin + classes - np.int64(k) * CHUNK)
-    return np.int32((size - 1) // LANES)
-
-
-@device
-def round_before(k, j, warps):
-    """(chunk, round) before round j of chunk k, of those that are a warp's; a chunk below 0 is none."""
-    if j > 0:
-        return k, np.int32(j - 1)
-    return np.int32(k - warps), np.int32(ROUNDS - 1)
-
-
-@device
-def copy_back(like, where, base, begin, classes, k, j, warps):
-    """Start to copy round j of chunk k; gives the round before it."""
-    if k >= 0:
-        thread, p = np.int32(cuda.laneid * 16), np.int32(j * LANES)
-        at = base + (np.int64(k) * CHUNK + p) * item_size(like) + thread
-        left = np.int32((begin + min(np.int64(CHUNK), classes - np.int64(k) * CHUNK) - p) * item_size(like))
-        if left >= round_bytes(like):
-            copy_last(like, where, at)
-        else:
-            copy_last_part(like, where, at, np.int32(left - thread))
-            copy_rest(like, where, at, np.int32(left - thread))
-        k, j = round_before(k, j, warps)
-    end_of_round()
-    return k, j
-
-
-def write_grad(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-    """The gradient of a row by its team, but for the target's. `stride` is an int32 where classes lie side by side."""
-    ahead = isinstance(stride, np.int32) and not isinstance(like, float)
-    function = write_stream if ahead else write_apart
-    function(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring)
-
-
-@overload(write_grad)
-def _write_grad(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-    function = write_stream if like != types.float64 and stride == types.int32 else write_apart
-
-    def run(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-        function(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring)
-
-    return run
 
 
 # -- few classes -------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from .._exact import LOW_32, SPAN, WORDS, carry, number_words, quotient, round_b
 from .._intrinsics import rounded_product, select
 from .._scalar import focal_row, focal_row_slope
 from .._typed import item_size, number
-from ._chunks import warp_max, warp_sum
+from ._chunks import ALL, warp_max, warp_sum
 from ._launch import cuda, device, kernel, launch, processors
 from ._memory import atomic_add, load, load_fresh, store, store_item
 from ._operands import ABSENT, address, factor, label_at, operand, weight_at
@@ -17,7 +17,6 @@ from ._operands import ABSENT, address, factor, label_at, operand, weight_at
 THREADS = 256
 MOST, TOKENS = 1024, 512  # threads of a block that sums, at most
 ALONE = 2048  # numbers that one block sums before others could have told it theirs
-ALL = 0xFFFFFFFF  # threads of a warp
 WINDOW = 30  # numbers of 2^-62 to 2^34 fall into three of the words from here on
 HELD = 5  # words, that a thread has of its own
 EMPTY = (0,) * HELD

@@ -1,0 +1,157 @@
+"""Gradients of rows on CUDA: a team reads its row again and writes what a frame (_typed.grad_frame) makes of it."""
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .._scalar import CHUNK, LANES
+from .._typed import grad_of, item_size, number, widen
+from ._chunks import WARP, first_position, load_step
+from ._launch import cuda, device
+from ._memory import (
+    GRAD_RING,
+    await_oldest,
+    copy_last,
+    copy_last_part,
+    end_of_round,
+    fill,
+    load,
+    load_ring,
+    store_item,
+    store_part,
+)
+from ._rows import PARTS, class_stride, row_address, team_of
+from ._stream import copy_rest, round_bytes, rounds_in
+
+ROUNDS = CHUNK // LANES
+
+
+@device
+def fill_row(like, rows, r, like_grad, grad_rows, value):
+    """Each entry of a row = value, by its team."""
+    _, warp, warps = team_of(rows[5])
+    grad_stride, p = class_stride(like_grad, grad_rows), np.int64(warp) * LANES
+    position = np.int32(cuda.laneid * (16 // item_size(like)))
+    to = row_address(grad_rows, r) + position * grad_stride
+    while p < rows[5]:
+        near = np.int32(min(rows[5] - p, np.int64(LANES)))
+        store_part(like, like_grad, to + p * grad_stride, grad_stride, position, np.int32(0), near, fill(like, value))
+        p += warps * LANES
+
+
+@device
+def entries(v, shift, m, low, factor):
+    """grad_of, in two branches: most rows have no shift."""
+    if shift == number(shift, 0.0):
+        return grad_of(v, m, low, factor)
+    return grad_of(v - shift, m, low, factor)
+
+
+@device
+def write_apart(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    """write_grad of rows that are not copied ahead."""
+    _, warp, warps = team_of(rows[5])
+    stride, grad_stride, out = class_stride(like, rows), class_stride(like_grad, grad_rows), row_address(grad_rows, r)
+    base, begin = first_position(like, address, stride)
+    end, p = begin + rows[5], np.int64(warp) * LANES
+    while p < end:
+        near = np.int32(min(end - p, np.int64(LANES)))  # positions from p on, which may lie beyond 32 bits
+        before = np.int32(begin) if p == 0 else np.int32(0)
+        position = np.int32(cuda.laneid * (16 // item_size(like)))
+        v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
+        to = out + (p - begin + position) * grad_stride
+        store_part(like, like_grad, to, grad_stride, position, before, near, entries(v, shift, m, low, factor))
+        p += warps * LANES
+
+
+@device
+def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    """write_grad by a ring. A warp takes the chunks that it has summed, the last rounds first: the ring still holds as
+    many as it has room for, and where one has been written, one before those is copied. Only a row's last round, the
+    first that is taken, may be less than a round."""
+    _, warp, warps = team_of(rows[5])
+    classes, size, grad_stride = rows[5], np.int64(item_size(like)), class_stride(like_grad, grad_rows)
+    base, begin = first_position(like, address, size)
+    last = np.int32((classes - 1) // CHUNK)
+    k = np.int32(warp) + (last - np.int32(warp)) // np.int32(warps) * np.int32(warps)
+    near = np.int32(min(np.int64(CHUNK), begin + classes - np.int64(k) * CHUNK))
+    j, slots = np.int32((near - 1) // LANES), rounds_in(like, GRAD_RING)
+    near = np.int32(near - j * LANES)
+    rounds = np.int32((k - np.int32(warp)) // np.int32(warps) * ROUNDS + j + 1)
+    held = rounds if last < PARTS - 1 else np.int32(0)  # more chunks are summed in parts, which begin with other warps
+    where = np.int32(ring + (held + slots - 1) % slots * round_bytes(like))
+    position = np.int64(k) * CHUNK + j * LANES
+    at, thread = base + position * size + cuda.laneid * 16, np.int32(cuda.laneid * (16 // item_size(like)))
+    to = row_address(grad_rows, r) + (position - begin + thread) * grad_stride
+    leap = np.int64(warps) * CHUNK - CHUNK + LANES  # from a chunk's first round to the last one of the chunk before it
+    ahead, place = rounds, where
+    for i in range(slots):
+        if ahead > 0:
+            if i >= held:
+                copy_back(like, place, at, np.int32(near * item_size(like)) if i == 0 else round_bytes(like))
+            at, ahead = at - (LANES if np.int32((ahead - 1) & (ROUNDS - 1)) > 0 else leap) * size, np.int32(ahead - 1)
+        if i >= held:
+            end_of_round()
+        place = round_behind(like, place, ring)
+    while rounds > 0:
+        rounds = np.int32(rounds - 1)
+        first = np.int32(rounds & (ROUNDS - 1)) == 0
+        await_oldest(like, GRAD_RING)
+        g = entries(load_ring(like, where), shift, m, low, factor)
+        store_part(like, like_grad, to, grad_stride, thread, begin if first else np.int32(0), near, g)
+        near, to = np.int32(LANES), to - (leap if first else LANES) * grad_stride
+        if ahead > 0:
+            ahead = np.int32(ahead - 1)
+            copy_last(like, where, at)
+            at -= (LANES if np.int32(ahead & (ROUNDS - 1)) > 0 else leap) * size
+        end_of_round()
+        where = round_behind(like, where, ring)
+    out = row_address(grad_rows, r)
+    write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor)
+
+
+@device
+def write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor):
+    """Gradients of what the ninth rounds of this warp's chunks hold, which went through no ring: eight threads a
+    chunk."""
+    _, warp, warps = team_of(classes)
+    i, k = np.int64(cuda.laneid & 7), np.int64(warp) + (cuda.laneid >> 3) * warps
+    while k * CHUNK < classes:
+        at = (k + 1) * CHUNK - begin + i
+        if i < begin and at < classes:
+            x = widen(load(like, address + at * item_size(like)))
+            store_item(like_grad, out + at * grad_stride, grad_of(x - shift, m, low, factor))
+        k += 4 * warps
+
+
+@device
+def round_behind(like, where, ring):
+    """This thread's places for the round before that at `where`."""
+    return np.int32(where - round_bytes(like)) if where > ring else np.int32(ring + GRAD_RING - round_bytes(like))
+
+
+@device
+def copy_back(like, where, at, left):
+    """Start to copy a round, of which `left` bytes are left, from `at` on (this thread's first load)."""
+    if left >= round_bytes(like):
+        copy_last(like, where, at)
+    else:
+        copy_last_part(like, where, at, np.int32(left - cuda.laneid * 16))
+        copy_rest(like, where, at, np.int32(left - cuda.laneid * 16))
+
+
+def write_grad(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    """The gradient of a row by its team, but for the target's. `stride` is an int32 where classes lie side by side."""
+    ahead = isinstance(stride, np.int32) and not isinstance(like, float)
+    function = write_stream if ahead else write_apart
+    function(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring)
+
+
+@overload(write_grad)
+def _write_grad(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+    function = write_stream if like != types.float64 and stride == types.int32 else write_apart
+
+    def run(like, rows, stride, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
+        function(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring)
+
+    return run
