@@ -132,15 +132,27 @@ MUTANTS = {
     ),
     "CUDA: a gradient's rounds in a ring that other chunks filled": (
         "cuda/_gradients.py",
-        "    if last > PARTS - 2:",
-        "    if last > PARTS:",
+        "rounds if last < PARTS - 1 else",
+        "rounds if last < PARTS + 9 else",
         "test_cuda.py::test_many_classes[float32]",
     ),
     "CUDA: a gradient's first round is the one before the last": (
         "cuda/_gradients.py",
-        "where = np.int32(ring + (summed + slots - 1) % slots * round_bytes(like))",
-        "where = np.int32(ring + (summed + slots - 2) % slots * round_bytes(like))",
+        "where = np.int32(ring + (held + slots - 1) % slots * round_bytes(like))",
+        "where = np.int32(ring + (held + slots - 2) % slots * round_bytes(like))",
         "test_cuda.py::test_gradients[1025-bfloat16]",
+    ),
+    "CUDA: a warp's chunks side by side": (
+        "cuda/_gradients.py",
+        "to - (leap if first else LANES) * grad_stride",
+        "to - LANES * grad_stride",
+        "test_cuda.py::test_many_classes[bfloat16]",
+    ),
+    "CUDA: rounds copied from the chunk that another warp takes": (
+        "cuda/_gradients.py",
+        "            at -= (LANES if np.int32(ahead & (ROUNDS - 1)) > 0 else leap) * size",
+        "            at -= LANES * size",
+        "test_cuda.py::test_many_classes[bfloat16]",
     ),
     "CUDA: no gradient for the ninth round": (
         "cuda/_gradients.py",
