@@ -172,9 +172,11 @@ def load_totals(first, second, like, rows_p, rows_q, r, begin, load, frame):
     at_p, at_q, before = first_pair(like, row_address(rows_p, r) + begin * p, p, row_address(rows_q, r) + begin * q, q)
     end = np.int32(before + min(np.int64(CHUNK), rows_p[5] - begin))
     a, b = fold_loads(like, zeros(like)), fold_loads(like, zeros(like))
-    for j in range(np.int32((load * 32 + cuda.laneid) * (16 // item_size(like))), end, np.int32(LANES)):
+    j = np.int32((load * 32 + cuda.laneid) * (16 // item_size(like)))
+    while j < end:  # range() would hold a register more
         x, y = load_once(like, at_p + j * p, p, j, before, end), load_once(like, at_q + j * q, q, j, before, end)
         a, b = accumulate(first, second, a, b, x, y, frame)
+        j = np.int32(j + LANES)
     return join(a, b)
 
 
