@@ -153,7 +153,7 @@ def on_host(order=None, launches=None):
             (_launch, "Compiled", compiled),
             (_launch, "_compiled", {}),
             (_launch, "_processors", lambda number: 2),
-            (_launch, "_shared_memory", lambda number: 228 << 10),
+            (_launch, "_multiprocessor", lambda number: (228 << 10, 32)),
         ):
             patches.enter_context(mock.patch.object(target, name, value))
         yield

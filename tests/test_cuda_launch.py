@@ -37,6 +37,7 @@ def test_launch():
         mock.patch.multiple("numba.cuda.dispatcher", get_current_device=lambda: card),
         mock.patch.object(_launch.driver, "launchKernel", start),
         mock.patch.object(_launch, "numba_driver", SimpleNamespace(cuKernelSetAttribute=asked)),
+        mock.patch.object(_launch, "_multiprocessor", lambda number: (228 << 10, 32)),
     ):
         kernel = _launch.Kernel(totals._negate.py_func, 256, (1, 1, 1)).of(np.float32(0))
         args = 5, np.float32(0), 2**40
@@ -53,15 +54,17 @@ def test_launch():
     assert started == [((77, n, 1, 1, 256, 1, 1, 0, 99, 0), packed) for n in (3, 4)]
 
 
-@pytest.mark.parametrize("kilobytes, blocks", [(228, 16), (164, 11), (100, 7), (8, 1)])
-def test_blocks_of_a_multiprocessor(kilobytes, blocks):
-    """As many as its shared memory holds, and no more than were asked for."""
+@pytest.mark.parametrize(
+    "kilobytes, most, blocks", [(228, 32, 16), (164, 32, 11), (100, 16, 7), (100, 6, 6), (8, 16, 1)]
+)
+def test_blocks_of_a_multiprocessor(kilobytes, most, blocks):
+    """As many as its shared memory holds, and no more than were asked for or than it takes."""
     kernel = softmax._sparse_xent.of(np.float32(0))
-    with mock.patch.object(_launch, "_shared_memory", lambda number: kilobytes << 10):
+    with mock.patch.object(_launch, "_multiprocessor", lambda number: (kilobytes << 10, most)):
         form = _launch.Bounded(kernel.py_func, 32, 16, 0, kernel.shared)
         assert form.blocks(0) == blocks
         assert form.jit(0).targetoptions["launch_bounds"] == (32, blocks)
-        assert _launch.Bounded(kernel.py_func, 32, 16, 0, 0).blocks(0) == 16
+        assert _launch.Bounded(kernel.py_func, 32, 16, 0, 0).blocks(0) == min(16, most)
 
 
 def test_numpy_without_row_stack():

@@ -120,7 +120,7 @@ class Case(NamedTuple):
     bounds: tuple  # launch bounds, on sm_90
 
 
-SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # bytes of a multiprocessor
+MULTIPROCESSOR = {"sm_80": (164 << 10, 32), "sm_90": (228 << 10, 32), "sm_100": (228 << 10, 32)}
 
 
 def bounded(name, dtype):
@@ -129,7 +129,7 @@ def bounded(name, dtype):
 
 def blocks_on(arch, name, dtype):
     """Of a multiprocessor."""
-    with mock.patch.object(_launch, "_shared_memory", SHARED.get):
+    with mock.patch.object(_launch, "_multiprocessor", MULTIPROCESSOR.get):
         return bounded(name, dtype).blocks(arch)
 
 

@@ -74,9 +74,10 @@ class Bounded:
     def blocks(self, number):
         """How many blocks a multiprocessor of device `number` is to hold at once."""
         if number not in self._blocks:
-            needed = self.shared + self.most_room + SYSTEM_SHARED
-            fit = max(1, _shared_memory(number) // needed) if self.shared else self._most
-            self._blocks[number] = min(self._most, fit)
+            shared, most = _multiprocessor(number)
+            if self.shared:
+                most = min(most, max(1, shared // (self.shared + self.most_room + SYSTEM_SHARED)))
+            self._blocks[number] = min(self._most, most)
         return self._blocks[number]
 
     def jit(self, number):
@@ -178,8 +179,11 @@ def _processors(number):
 
 
 @cache
-def _shared_memory(number):
-    return cupy.cuda.Device(number).attributes["MaxSharedMemoryPerMultiprocessor"]
+def _multiprocessor(number):
+    """(bytes of shared memory, most blocks at once) of one."""
+    runtime = cupy.cuda.runtime
+    wanted = runtime.cudaDevAttrMaxSharedMemoryPerMultiprocessor, runtime.cudaDevAttrMaxBlocksPerMultiprocessor
+    return tuple(runtime.deviceGetAttribute(x, number) for x in wanted)
 
 
 def processors(out):
