@@ -157,6 +157,22 @@ def low_bits_exponent(typingctx, t):
 
 
 @intrinsic
+def add_low_bits(typingctx, p, t):
+    """p with the low bits of t added to its exponent field: p * 2^k where t = MAGIC + k, if p and that are normal."""
+    kind = vector_of(p, t)
+    if kind is None:
+        return None
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(_I32, kind.width) if isinstance(kind, Vector) else _I32
+        p, t = (builder.bitcast(x, words) for x in args)
+        shift = ir.Constant(words, [23] * kind.width if isinstance(kind, Vector) else 23)
+        return builder.bitcast(builder.add(p, builder.shl(t, shift)), args[0].type)
+
+    return kind(p, t), codegen
+
+
+@intrinsic
 def from_bfloat16(typingctx, h):
     """The float32 of a bfloat16 held as uint16. Exact."""
     if h != types.uint16:

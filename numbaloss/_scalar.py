@@ -7,7 +7,16 @@ targets round alike. The numbers are defined in docs/NUMERICS.md; constants with
 import numpy as np
 from numba import njit
 
-from ._intrinsics import at_least, bits_float, float_bits, fma, low_bits_exponent, rounded_product, select
+from ._intrinsics import (
+    add_low_bits,
+    at_least,
+    bits_float,
+    float_bits,
+    fma,
+    low_bits_exponent,
+    rounded_product,
+    select,
+)
 
 CHUNK = 8192  # classes summed before the sum goes to float64
 LANES = 1024  # class j of a chunk belongs to lane j mod LANES
@@ -498,6 +507,14 @@ def clipped_power_32(x, m, scale):
     t = fma(x, LOG2E, m)
     f = fma(x, LOG2E, -(t - m))
     return exp2_sum(f, scale), low_bits_exponent(t), t
+
+
+@scalar
+def normal_product_32(x, m, scale):
+    """The first two numbers of clipped_power_32 multiplied, where they and the product are normal; m is BIAS less."""
+    t = fma(x, LOG2E, m)
+    f = fma(x, LOG2E, -(t - m))
+    return add_low_bits(exp2_sum(f, scale), t)
 
 
 @scalar

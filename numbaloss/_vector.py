@@ -15,8 +15,8 @@ WIDTH = 16
 
 
 class Vector(types.Type):
-    """WIDTH items (fewer only where CUDA's threads fold their lanes) of float32 or float64; booleans, where two are
-    compared."""
+    """WIDTH items (another number only on CUDA) of float32 or float64; booleans, where two are compared; int32, where
+    each is two logits of 16 bits."""
 
     def __init__(self, dtype, width=WIDTH):
         self.dtype, self.width = dtype, width
@@ -25,8 +25,8 @@ class Vector(types.Type):
 
 def vector_ir(kind):
     """The LLVM type of a Vector."""
-    item = {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.boolean: ir.IntType(1)}[kind.dtype]
-    return ir.VectorType(item, kind.width)
+    item = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}.get(kind.dtype)
+    return ir.VectorType(item or ir.IntType(1 if kind.dtype == types.boolean else 32), kind.width)
 
 
 @register_model(Vector)
@@ -159,6 +159,21 @@ def most_bits_of(typingctx, v):
         return _reduce(builder, args[0], lambda a, b: _larger_bits(builder, a, b))
 
     return v.dtype(v), codegen
+
+
+@intrinsic
+def least_bits_of(typingctx, v):
+    """The smallest of the bits of a vector's lanes, as signed integers."""
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(ir.IntType(32), v.width)
+
+        def smaller(a, b):
+            return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+        return _reduce(builder, builder.bitcast(args[0], words), smaller)
+
+    return types.int32(v), codegen
 
 
 @intrinsic

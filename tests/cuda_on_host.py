@@ -311,6 +311,12 @@ def load_part(like, address, stride, position, begin, end, team):
     return result
 
 
+@twin(_memory.widened)
+def widened_loads(like, v):
+    """Loads are widened here as they are loaded."""
+    return v
+
+
 @twin(_memory.fill)
 def fill(like, x):
     return np.full(WIDTH, x)
@@ -359,11 +365,6 @@ def hide(like, v, k, team):
 @twin(_memory.hide_first)
 def hide_first(like, v, count):
     return np.where(LANES < count, v.dtype.type(-np.inf), v)
-
-
-@twin(_memory.hide_from)
-def hide_from(like, v, k, team):
-    return np.where(far(like, team) >= k, v.dtype.type(-np.inf), v)
 
 
 RINGS = {}  # by the address that the last of them got
@@ -472,11 +473,19 @@ def _as_pair(a, b, like):
 STORED = {np.dtype(np.uint16): ml_dtypes.bfloat16, np.dtype(np.int16): np.float16}
 
 
-@twin(_memory.load_ring_above)
-def load_ring_above(like, where, low, top):
-    x = np.maximum(load_ring(like, where), _pair(low, like)[0])
-    best = np.maximum(x.reshape(-1, 2).max(axis=0), _pair(top, like))
-    return x, _as_pair(*best, like)
+@twin(_memory.larger_pair)
+def larger_pair(like, a, b):
+    return _as_pair(*np.maximum(_pair(a, like), _pair(b, like)), like)
+
+
+@twin(_memory.pairs_above)
+def pairs_above(like, v, low):
+    return np.maximum(v, _pair(low, like)[0])
+
+
+@twin(_memory.largest_pair)
+def largest_pair(like, v, top):
+    return _as_pair(*np.maximum(v.reshape(-1, 2).max(axis=0), _pair(top, like)), like)
 
 
 @twin(_memory.pair_above)
@@ -688,6 +697,42 @@ def term(x, low, m, total):
     return out, t
 
 
+@njit(error_model="numpy")
+def _power_each(x, m, scale, p, power, t):
+    for i in range(x.size):
+        p[i], power[i], t[i] = _scalar.clipped_power_32(x[i], m, scale)
+
+
+_one_power = scalar_twin(_scalar.clipped_power_32)
+
+
+@twin(_scalar.clipped_power_32)
+def clipped_power_32(x, m, scale):
+    if not isinstance(x, np.ndarray):
+        return _one_power(x, m, scale)
+    p, power, t = (np.empty_like(x) for _ in range(3))
+    _power_each(x, m, scale, p, power, t)
+    return p, power, t
+
+
+@njit(error_model="numpy")
+def _normal_product_each(x, m, scale, out):
+    for i in range(x.size):
+        out[i] = _scalar.normal_product_32(x[i], m, scale)
+
+
+@twin(_scalar.normal_product_32)
+def normal_product_32(x, m, scale):
+    out = np.empty_like(x)
+    _normal_product_each(x, m, scale, out)
+    return out
+
+
+@twin(_scalar.power_32)
+def power_32(x, low, m, scale):
+    return clipped_power_32(at_least(x, low), m, scale)
+
+
 @twin(_scalar.clipped_term_32)
 def clipped_term_32(x, m, total):
     return term(x, np.float32(-np.inf), m, total)
@@ -717,6 +762,11 @@ def each_item(function):
 
 each_item(_typed.tanh)
 each_item(_typed.tanh_slope)
+
+
+@twin(_vector.least_bits_of)
+def least_bits_of(v):
+    return v.view(np.int32).min()
 
 
 @twin(_vector.most_bits_of)

@@ -62,7 +62,7 @@ def signatures(like, rows):
     dense_grad = I64, OPERAND, F64, I64, F64, I64, I64, like, rows
     return {
         "_sparse_xent": (I64, I64, I64, I64, like, rows, *labels, I64),
-        "_short_sparse_xent": (I64, I64, I64, like, rows, *labels, I64),
+        "_short_sparse_xent": (I64, I64, types.int32, like, rows, *labels, I64),
         "_chunk_sums": (I64, I64, I64, like, rows, *labels, I64),
         "_join_sums": (I64, I64, like, rows, *labels, I64),
         "_sparse_xent_grad": (I64, like, rows, *labels, I64, I64, like, rows),
@@ -294,19 +294,26 @@ def inner_loops(text):
     return [opcodes[begin : end + 1] for begin, end in inner]
 
 
-def ring_round(text):
-    """(opcodes on the shortest way once around the loop that takes whole rounds from the ring, all of its opcodes)."""
+def ring_round(text, terms, through, loads):
+    """(opcodes on the shortest way once around the loop that takes whole rounds from the ring, all of its opcodes), by
+    a block with so many opcodes `through`; the loop has so many FFMA a class."""
     opcodes, labels, jumps = instructions(text)
     to = {at: (labels[label], always) for at, label, always in jumps if label in labels}
+    cuts = sorted({*labels.values(), *(at + 1 for at, _, _ in jumps), len(opcodes)})
+
+    def shortest(begin, end):
+        steps = {begin: 0}
+        for i in range(begin, end):
+            target, always = to.get(i, (0, False))
+            for j in ({i + 1} if not always else set()) | ({target} if target > i else set()):
+                steps[j] = min(steps.get(j, len(opcodes)), steps.get(i, len(opcodes)) + 1)
+        return steps[end]
+
     for at, (head, _) in sorted(to.items()):
         loop = opcodes[head : at + 1]
-        if head < at and "DEPBAR.LE" in loop and loop.count("FFMA") == 8 * CLASSES:
-            steps = {head: 1}
-            for i in range(head, at):
-                target, always = to.get(i, (0, False))
-                for j in ({i + 1} if not always else set()) | ({target} if target > i else set()):
-                    steps[j] = min(steps.get(j, len(opcodes)), steps.get(i, len(opcodes)) + 1)
-            return steps[at], loop
+        if head < at and "DEPBAR.LE" in loop and loop.count("FFMA") == terms * CLASSES:
+            way = next(i for i, j in zip(cuts, cuts[1:]) if i >= head and opcodes[i:j].count(through) == loads)
+            return shortest(head, way) + shortest(way, at) + 1, loop
     raise AssertionError("expected a loop that waits for a copy, got none")
 
 
@@ -392,6 +399,7 @@ def test_a_kernel_among_others():
 
 CLASSES = 32  # of a thread in a round of the inner loop
 LIMITS = {"float16": 13.4, "bfloat16": 13.4, "float32": 13.7}  # instructions a class: 3 % above what they are
+GRAD_LIMITS = {"float16": 13.9, "bfloat16": 13.9, "float32": 12.3}
 FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64")
 SLOW = re.compile(FLOAT64.pattern + "|MUFU|LDL|STL|CALL")  # and approximations, local memory
 
@@ -420,9 +428,9 @@ def test_the_loops_over_classes(dtype, arch):
 def test_the_inner_loop(dtype, arch, name):
     """Whole rounds from the ring: loads and copies of 16 bytes, eight FFMA a class, nothing SLOW."""
     text = machine_code(dtype, arch)[name].text
-    count, loop = ring_round(text)
-    print(f"{name} {dtype} {arch}: {count / CLASSES:.2f} instructions a class")
     loads = CLASSES * SIZE[dtype] // 16
+    count, loop = ring_round(text, 8, "LDS.128", loads)
+    print(f"{name} {dtype} {arch}: {count / CLASSES:.2f} instructions a class")
     assert loop.count("LDS.128") == loads and loop.count("LDGSTS.E.BYPASS.128") == 2 * loads  # of a whole round or less
     assert [op for op in loop if op == "LDG.E.128" or SLOW.match(op)] == []
     assert any(SLOW.match(op) for op in opcodes_of(text))  # elsewhere there are some
@@ -430,15 +438,28 @@ def test_the_inner_loop(dtype, arch, name):
 
 
 @each_case("float16", "bfloat16", "float32")
+def test_the_loops_of_a_gradient(dtype, arch):
+    """Whole rounds of the sum, then of what is written: stores of 16 bytes; seven FFMA twice, for entries that are 0
+    or subnormal too, of which a thread takes one."""
+    text = machine_code(dtype, arch)["_sparse_xent_grad"].text
+    loads = CLASSES * SIZE[dtype] // 16
+    for terms, through, limits in ((8, "LDS.128", LIMITS), (14, "STG.E.EF.128", GRAD_LIMITS)):
+        count, loop = ring_round(text, terms, through, loads)
+        print(f"_sparse_xent_grad {dtype} {arch}: {count / CLASSES:.2f} instructions a class, {terms} FFMA")
+        assert [op for op in loop if op == "LDG.E.128" or (SLOW.match(op) and op[:3] not in ("LDL", "STL"))] == []
+        assert count / CLASSES <= limits[dtype]
+
+
+@each_case("float16", "bfloat16", "float32")
 def test_the_only_round(dtype, arch):
-    """Rows of one round: all loads of a thread before the first is used, 11 instructions a class from there on."""
+    """Rows of one round: all loads of a thread before the first is used; clipping, widening and the terms."""
     text = machine_code(dtype, arch)["_short_sparse_xent"].text
     blocks = basic_blocks(text)
     assert max(block.count("LDG.E.128") for block in blocks) == CLASSES * SIZE[dtype] // 16
-    near, far = sorted((block for block in blocks if block.count("FFMA") >= 8 * CLASSES), key=len)  # far: subtracts
+    near, far = sorted((block for block in blocks if block.count("FFMA") >= 7.5 * CLASSES), key=len)  # far: subtracts
     print(f"_short_sparse_xent {dtype} {arch}: {len(near) / CLASSES:.2f} instructions a class")
     assert [op for op in near + far if SLOW.match(op)] == []
-    assert len(near) / CLASSES <= 11.5
+    assert len(near) / CLASSES <= (11.8 if SIZE[dtype] == 2 else 11.3)
     assert len(far) - len(near) >= CLASSES - 2
 
 

@@ -166,6 +166,18 @@ MUTANTS = {
         "butterfly(select(upper, high, low), mask)",
         "test_cuda.py::test_classes[513-float32]",
     ),
+    "CUDA: terms with one another's powers": (
+        "cuda/_chunks.py",
+        "fma(p2, power2, p1 * power1)",
+        "fma(p2, power1, p1 * power2)",
+        "test_cuda.py::test_rows_of_one_round",
+    ),
+    "CUDA: the other logit of a pair is hidden": (
+        "cuda/_memory.py",
+        "shift = 16 * (k % 2)",
+        "shift = 16 - 16 * (k % 2)",
+        "test_simt.py::test_hidden_items[bfloat16]",
+    ),
     "CUDA: two levels of the butterfly swapped": (
         "cuda/_chunks.py",
         "v2 = exchange(v1, team >> 1)\n    v3 = exchange(v2, team >> 2)",
@@ -251,7 +263,7 @@ MUTANTS = {
         "test_cuda.py::test_unaligned_rows[bfloat16-1]",
     ),
     "CUDA: 16-bit logits that are clipped to the largest": (
-        "cuda/_stream.py",
+        "cuda/_chunks.py",
         "CLIP_LIMIT = f32(256)",
         "CLIP_LIMIT = f32(2**30)",
         "test_cuda.py::test_16_bits_far_apart",

@@ -7,6 +7,7 @@ from common import EPS, TINY, assert_same_bits
 from numba import njit
 
 from numbaloss import _typed
+from numbaloss._scalar import BIAS, clipped_power_32, frame_32, normal_product_32
 from numbaloss._vector import WIDTH
 from numbaloss.cpu._memory import load, store
 
@@ -77,3 +78,24 @@ def test_tanh_is_odd_and_bounded(dtype):
     x = magnitudes(dtype, [0.625])
     assert_same_bits(scalars(-x[x != 0]), -scalars(x[x != 0]))
     assert (np.abs(scalars(x)) <= 1).all() and (scalars(x[x > 20]) == 1).all()
+
+
+def test_powers_of_two_are_added():
+    """Gradients on CUDA add exponents in place of a product; the same bits wherever nothing is subnormal."""
+
+    @njit(error_model="numpy")
+    def both(x, m, factor, added, product):
+        for i in range(x.size):
+            added[i] = normal_product_32(x[i], m - BIAS, factor)
+            p, power, _ = clipped_power_32(x[i], m, factor)
+            product[i] = p * power
+
+    rng = np.random.default_rng(0)
+    for ref, n, more, factor in ((0, 0, 0, 1.5), (-37, -20, 24, -2.9 * 2**-24), (1_500_000, 100, 24, 2.0**-24)):
+        m, low = frame_32(np.float32(ref), BIAS + np.float32(n + more))
+        x = np.concatenate([rng.uniform(low + np.float32(20), ref * np.log(2), 200_000), [low + 20, ref * np.log(2)]])
+        x = x.astype(np.float32)
+        added, product = np.empty_like(x), np.empty_like(x)
+        both(x, np.float32(m), np.float32(factor), added, product)
+        assert (np.abs(product) >= np.finfo(np.float32).tiny).all()
+        assert_same_bits(added, product, (ref, n))

@@ -18,10 +18,13 @@ from .._scalar import (
     INF,
     INV_LOG2E,
     LANES,
+    ONE,
     ZERO,
+    clipped_power_32,
     exponent_32,
     f32,
     frame_32,
+    power_32,
     power_of_two,
 )
 from .._typed import compute_zero, item_size, key_value, number, row_frame, shifted_frame, term, widen
@@ -34,11 +37,17 @@ from ._memory import (
     hide,
     hide_first,
     join,
+    larger_of_pair,
+    larger_pair,
     largest_key,
+    largest_pair,
     load,
     load_part,
     load_vector,
+    pair_above,
+    pairs_above,
     warp_largest,
+    widened,
     zeros,
 )
 
@@ -46,6 +55,7 @@ WARP = np.int32(32)
 ALL = 0xFFFFFFFF  # threads of a warp
 MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of the warp's chunk before it
 NO_GUESS = f32(np.nan)
+CLIP_LIMIT = f32(256)  # up to here 16-bit logits lie at most 1 apart
 
 
 @device
@@ -72,8 +82,8 @@ def exchange(v, mask):
 
 @device
 def fold_lanes(like, v, team):
-    """The butterfly over the 32 * team lanes of a team: between loads, then between threads, then within a load, whose
-    items lie in different threads by then."""
+    """The butterfly over the 32 * team lanes of a team, or what is left of it after levels between loads: the others
+    of those, then between threads, then within a load, whose items lie in different threads by then."""
     v1 = fold_loads(like, v)
     v2 = exchange(v1, team >> 1)
     v3 = exchange(v2, team >> 2)
@@ -97,8 +107,8 @@ def first_position(like, address, stride):
 
 
 @device
-def load_step(like, base, stride, p, begin, end, skip, team):
-    """This thread's logits among 32 * team positions from p on; -inf outside of [begin, end) and at `skip`."""
+def loads_step(like, base, stride, p, begin, end, skip, team):
+    """This thread's Loads among 32 * team positions from p on; -inf outside of [begin, end) and at `skip`."""
     position = np.int32(p + (cuda.laneid & (team - 1)) * (16 // item_size(like)))
     at = base + position * stride
     if stride == item_size(like) and p >= begin and end - p >= 32 * team:
@@ -106,6 +116,12 @@ def load_step(like, base, stride, p, begin, end, skip, team):
     else:
         v = load_part(like, at, stride, position, begin, end, team)
     return hide(like, v, np.int32(skip - position), team) if 0 <= skip - p < 32 * team else v
+
+
+@device
+def load_step(like, base, stride, p, begin, end, skip, team):
+    """The logits of loads_step."""
+    return widened(like, loads_step(like, base, stride, p, begin, end, skip, team))
 
 
 @device
@@ -153,18 +169,88 @@ def add_step(x, low, m, total, top):
     return total, max(top, float_bits(most_bits_of(t)))
 
 
+def largest_of(like, v, team):
+    """team_largest of Loads."""
+    return largest_16(like, v, team) if like.itemsize == 2 else team_largest(v, team)
+
+
+@overload(largest_of)
+def _largest_of(like, v, team):
+    if like.bitwidth == 16:
+        return lambda like, v, team: largest_16(like, v, team)
+    return lambda like, v, team: team_largest(v, team)
+
+
+@device
+def largest_16(like, v, team):
+    top = largest_pair(like, v, pair_above(like, -INF))
+    for shift in (1, 2, 3, 4, 5):
+        top = larger_pair(like, butterfly(top, team >> shift), top)
+    return larger_of_pair(like, top)
+
+
+def clip_of(like, low):
+    """What pairs_above is to take for `low`: 0 where 16-bit logits lie far apart there, 1 for wider logits."""
+    if like.itemsize > 2:
+        return np.int32(1)
+    return pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
+
+
+@overload(clip_of)
+def _clip_of(like, low):
+    if like.bitwidth > 16:
+        return lambda like, low: np.int32(1)
+    return lambda like, low: pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
+
+
+def first_terms(like, v, low, clip, m):
+    """The terms of Loads after the butterfly's first level. A product with a power of two is exact (where it matters),
+    so that a multiply-add takes the product and the sum in one."""
+    return {2: first_terms_16, 4: first_terms_32, 8: first_terms_64}[like.itemsize](like, v, low, clip, m)
+
+
+@overload(first_terms)
+def _first_terms(like, v, low, clip, m):
+    function = {16: first_terms_16, 32: first_terms_32, 64: first_terms_64}[like.bitwidth]
+    return lambda like, v, low, clip, m: function(like, v, low, clip, m)
+
+
+@device
+def first_terms_16(like, v, low, clip, m):
+    return first_products(clipped_power_32(widened(like, pairs_above(like, v, clip)), m, ONE))
+
+
+@device
+def first_terms_32(like, v, low, clip, m):
+    return first_products(power_32(v, low, m, ONE))
+
+
+@device
+def first_terms_64(like, v, low, clip, m):
+    first, second = halves(term(v, low, m, zeros(like))[0])
+    return first + second
+
+
+@device
+def first_products(powers):
+    (p1, p2), (power1, power2) = halves(powers[0]), halves(powers[1])
+    return fma(p2, power2, p1 * power1)
+
+
 @device
 def round_sum(like, address, stride, size, skip, team):
     """(s, c) as by chunk_sum of up to 32 * team logits, those before a 16-byte boundary counting: a row that a team
     reads at once. The teams of a warp have rows of their own, or none (0 logits), but call this together."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
-    x = load_step(like, base, stride, np.int32(0), begin, end, skip, team)
-    m, low, shift, c = row_frame(team_largest(x, team))
-    if shift == compute_zero(like):
-        total = term(x, low, m, zeros(like))[0]
+    v = loads_step(like, base, stride, np.int32(0), begin, end, skip, team)
+    m, low, shift, c = row_frame(largest_of(like, v, team))
+    clip = clip_of(like, low)
+    if shift == compute_zero(like) and clip != 0:
+        total = first_terms(like, v, low, clip, m)
     else:
-        total = term(x - shift, low, m, zeros(like))[0]
+        first, second = halves(term(widened(like, v) - shift, low, m, zeros(like))[0])
+        total = first + second
     return fold_lanes(like, total, team), c
 
 
@@ -187,12 +273,13 @@ def chunk_terms(like, address, stride, size, skip, ref):
             stop = np.int32(0)
         at = base + np.int32(p + cuda.laneid * (16 // item_size(like))) * stride
         while p < stop:
-            total, top = add_step(load_vector(like, at, WARP), low, m, total, top)
+            total, top = add_step(widened(like, load_vector(like, at, WARP)), low, m, total, top)
             p = np.int32(p + LANES)
             at += LANES * stride
         if p < min(end, np.int32(CHUNK)):
             if p < begin and p < whole and p != apart:
-                x = hide_first(like, load_vector(like, at, WARP), begin if cuda.laneid == 0 else np.int32(0))
+                v = hide_first(like, load_vector(like, at, WARP), begin if cuda.laneid == 0 else np.int32(0))
+                x = widened(like, v)
             else:
                 x = load_step(like, base, stride, p, begin, end, skip, WARP)
             total, top = add_step(x, low, m, total, top)

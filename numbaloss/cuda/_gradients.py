@@ -1,15 +1,19 @@
-"""Gradients of rows on CUDA: a team reads its row again and writes what a frame (_typed.grad_frame) makes of it."""
+"""Gradients of rows on CUDA: a team sums its row, reads it again and writes what a frame (_typed.grad_frame) makes of
+it."""
 
 import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._scalar import CHUNK, LANES
+from .._intrinsics import bits_float, float_bits, fma
+from .._scalar import BIAS, CHUNK, LANES, LOG2E, f32, normal_product_32
 from .._typed import grad_of, item_size, number, widen
+from .._vector import least_bits_of
 from ._chunks import WARP, first_position, load_step
 from ._launch import cuda, device
 from ._memory import (
     GRAD_RING,
+    anew,
     await_oldest,
     copy_last,
     copy_last_part,
@@ -19,11 +23,71 @@ from ._memory import (
     load_ring,
     store_item,
     store_part,
+    thread_anew,
+    widened,
 )
-from ._rows import PARTS, class_stride, row_address, team_of
-from ._stream import copy_rest, round_bytes, rounds_in
+from ._rows import PARTS, class_stride, join_round, joined, row_address, team_of
+from ._stream import copy_rest, round_bytes, rounds_in, start_chunks, sum_chunks
 
 ROUNDS = CHUNK // LANES
+TEAM = 8  # warps of a block at most
+SAFE = f32(20)  # so far above `low` no entry is subnormal: 2^24 is less
+TASKS = PARTS // TEAM  # chunks that a warp takes at a time at most
+
+
+def team_for(items, classes, most):
+    """How many warps take a row of more than one chunk: two or three chunks each where there are rows enough for `most`
+    warps, as what there is to do beside the chunks takes as long as one of them."""
+    warps, chunks = 1, -(-classes // CHUNK)
+    while warps < TEAM and (chunks > 3 * warps or chunks > warps and 2 * items * warps <= most):
+        warps *= 2
+    return warps
+
+
+@device
+def row_sum(like, rows, notes, room, tasks, ring, capacity):
+    """(s, c) of the whole row notes[w, :2] = (address, label), for each warp w, but for the label's class, for every
+    thread of its team: its chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, TASKS) float64,
+    and a ring. A team has no more warps than the row has chunks. notes[w, 2] is the target's logit afterwards, which
+    the copies do not wait for, and notes[w, 4] holds a number meanwhile."""
+    lane, classes, first = np.int32(cuda.laneid), rows[5], np.int32(0)
+    while np.int64(first) * CHUNK < classes:
+        count, k = parts_from(first, classes)
+        if k < count:
+            note = notes[thread_anew() >> 5]
+            address, skip, begin = float_bits(note[0]), float_bits(note[1]), np.int64(first + k - 1) * CHUNK
+            tasks[0, lane] = bits_float(address + begin * class_stride(like, rows))
+            tasks[1, lane] = bits_float(skip - begin)
+            tasks[2, lane] = bits_float(min(np.int64(CHUNK), classes - begin))
+        if lane == 0:
+            notes[thread_anew() >> 5, 4] = bits_float(np.int64(first if classes > CHUNK else -1))
+        cuda.syncwarp()
+        _, warp, warps = team_of(classes)
+        size = np.int32((count - 2 - warp + warps) // warps)
+        ahead = start_chunks(like, rows[4], size, tasks, ring, capacity)
+        if lane == 0:
+            note = notes[thread_anew() >> 5]
+            target = float_bits(note[0]) + float_bits(note[1]) * class_stride(like, rows)
+            note[2] = np.float64(widen(load(like, target)))
+        sum_chunks(like, rows[4], size, tasks, ring, capacity, ahead)
+        cuda.syncwarp()
+        first = np.int32(float_bits(notes[thread_anew() >> 5, 4]))
+        if first < 0:
+            return tasks[0, 0], tasks[1, 0]
+        count, k = parts_from(first, classes)
+        if k < count:
+            room[0, k], room[1, k] = tasks[0, lane], tasks[1, lane]
+        join_round(room, first, count)
+        first = np.int32(first + PARTS - 1)
+    return joined(room)
+
+
+@device
+def parts_from(first, classes):
+    """(end of room where the chunks of a row from `first` on go, this thread's place there)."""
+    _, warp, warps = team_of(classes)
+    chunks = np.int32((anew(classes) + CHUNK - 1) // CHUNK)
+    return min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1 + cuda.laneid * warps)
 
 
 @device
@@ -44,6 +108,22 @@ def entries(v, shift, m, low, factor):
     """grad_of, in two branches: most rows have no shift."""
     if shift == number(shift, 0.0):
         return grad_of(v, m, low, factor)
+    return grad_of(v - shift, m, low, factor)
+
+
+@device
+def safe_word(m, low, shift, factor):
+    """What the words of normal_product_32 are to lie above; none does in rows that have a shift or no gradient."""
+    if shift == number(shift, 0.0) and factor == factor:
+        return float_bits(fma(low + SAFE, LOG2E, m - BIAS))
+    return np.int32(0x7FFFFFFF)
+
+
+@device
+def round_entries(v, safe, shift, m, low, factor):
+    """entries of a round: nearly always none of a thread's is 0 or subnormal, and then powers of two can be added."""
+    if least_bits_of(fma(v, LOG2E, m - BIAS)) > safe:
+        return normal_product_32(v, m - BIAS, factor)
     return grad_of(v - shift, m, low, factor)
 
 
@@ -83,6 +163,7 @@ def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, fa
     position = np.int64(k) * CHUNK + j * LANES
     at, thread = base + position * size + cuda.laneid * 16, np.int32(cuda.laneid * (16 // item_size(like)))
     to = row_address(grad_rows, r) + (position - begin + thread) * grad_stride
+    safe = safe_word(m, low, shift, factor)
     leap = np.int64(warps) * CHUNK - CHUNK + LANES  # from a chunk's first round to the last one of the chunk before it
     ahead, place = rounds, where
     for i in range(slots):
@@ -97,7 +178,7 @@ def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, fa
         rounds = np.int32(rounds - 1)
         first = np.int32(rounds & (ROUNDS - 1)) == 0
         await_oldest(like, GRAD_RING)
-        g = entries(load_ring(like, where), shift, m, low, factor)
+        g = round_entries(widened(like, load_ring(like, where)), safe, shift, m, low, factor)
         store_part(like, like_grad, to, grad_stride, thread, begin if first else np.int32(0), near, g)
         near, to = np.int32(LANES), to - (leap if first else LANES) * grad_stride
         if ahead > 0:

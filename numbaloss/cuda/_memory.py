@@ -2,7 +2,8 @@
 
 What a thread loads at once: n = 16 bytes / item logits, neighbours. A row is read by a team of 8, 16 or 32 threads
 (`team`), which load neighbouring 16 bytes. A thread's Vector holds 32 logits: item k of thread t's lies
-k // n * team * n + t * n + k % n items from the first of the team.
+k // n * team * n + t * n + k % n items from the first of the team. Loads is what such a Vector is before 16-bit logits
+are widened, two in a word: what can be done with pairs takes half the instructions.
 """
 
 import math
@@ -105,6 +106,10 @@ def _wide(like):
     return Vector(types.float64 if like == types.float64 else types.float32, WIDTH)
 
 
+def _loads(like):
+    return Vector(types.int32, WIDTH // 2) if like.bitwidth == 16 else _wide(like)
+
+
 def _per_load(like):
     return 16 // (like.bitwidth // 8)
 
@@ -127,6 +132,18 @@ def _widen_words(context, builder, like, words):
             for half in (word, builder.lshr(word, _c32(16))):
                 result.append(widen_half(context, builder, builder.trunc(half, _I16)))
     return [builder.bitcast(x, _F32) for x in result]
+
+
+def _join_words(context, builder, like, words):
+    """Loads of sixteen bytes each, as integers."""
+    if like.bitwidth != 16:
+        words = [x for k in range(0, len(words), 4) for x in _widen_words(context, builder, like, words[k : k + 4])]
+    return _pack(builder, words, vector_ir(_loads(like)))
+
+
+def _none(like):
+    """The bits of -inf."""
+    return {types.int16: 0xFC00, types.uint16: 0xFF80, types.float32: 0xFF800000}[like]
 
 
 def _items(builder, v):
@@ -198,25 +215,36 @@ def fill(typingctx, like, x):
 
 @intrinsic
 def load_vector(typingctx, like, address, team):
-    """This thread's Vector of a row that `team` threads read; its first load is at `address`, at 16 bytes."""
+    """This thread's Loads of a row that `team` threads read, the first at `address`, at 16 bytes."""
 
     def codegen(context, builder, sig, args):
         _, address, team = args
         words = []
         for _ in range(WIDTH // _per_load(like)):  # all of them before the first is used
-            words.append(_load_words(builder, address))
+            words += _load_words(builder, address)
             address = builder.add(address, builder.sext(builder.mul(team, _c32(16)), _I64))
-        items = [x for w in words for x in _widen_words(context, builder, like, w)]
-        return _pack(builder, items, vector_ir(sig.return_type))
+        return _join_words(context, builder, like, words)
 
-    return _wide(like)(like, types.int64, types.int32), codegen
+    return _loads(like)(like, types.int64, types.int32), codegen
+
+
+@intrinsic
+def widened(typingctx, like, v):
+    """The Vector of Loads."""
+
+    def codegen(context, builder, sig, args):
+        if like.bitwidth != 16:
+            return args[1]
+        return _pack(builder, _widen_words(context, builder, like, _items(builder, args[1])), vector_ir(_wide(like)))
+
+    return _wide(like)(like, v), codegen
 
 
 def _load_inside(builder, like, address, stride, position, begin, end):
     """A load of items `stride` bytes apart, as four integers. Items at positions outside of [begin, end) are -inf and
     are not touched. One instruction if all are inside, side by side and at 16 bytes."""
     n, size = _per_load(like), like.bitwidth // 8
-    low = ir.Constant(_item(like), {types.uint16: 0xFF80, types.int16: 0xFC00}.get(like, -math.inf))
+    low = ir.Constant(_item(like), _none(like) if like.bitwidth == 16 else -math.inf)
     close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
     aligned = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, 15)), ir.Constant(_I64, 0))
     inside = builder.icmp_signed("<=", builder.add(position, _c32(n)), end)
@@ -267,10 +295,7 @@ def load_once(typingctx, like, address, stride, position, begin, end):
 @intrinsic
 def load_part(typingctx, like, address, stride, position, begin, end, team):
     """As load_vector for items `stride` bytes apart, the first at this position of its row. Items at positions outside
-    of [begin, end) are -inf and are not touched; `begin` is less than a load.
-
-    Items are put together as they lie in memory and widened at the end, so that no load waits for another.
-    """
+    of [begin, end) are -inf and are not touched; `begin` is less than a load."""
     n = _per_load(like)
 
     def codegen(context, builder, sig, args):
@@ -279,29 +304,41 @@ def load_part(typingctx, like, address, stride, position, begin, end, team):
         far = builder.mul(stride, builder.sext(step, _I64))
         words = []
         for g in range(WIDTH // n):
-            words.append(_load_inside(builder, like, address, stride, position, None if g else begin, end))
+            words += _load_inside(builder, like, address, stride, position, None if g else begin, end)
             position, address = builder.add(position, step), builder.add(address, far)
-        items = [x for w in words for x in _widen_words(context, builder, like, w)]
-        return _pack(builder, items, vector_ir(sig.return_type))
+        return _join_words(context, builder, like, words)
 
     i64, i32 = types.int64, types.int32
-    return _wide(like)(like, i64, i64, i32, i32, i32, i32), codegen
+    return _loads(like)(like, i64, i64, i32, i32, i32, i32), codegen
+
+
+def _hide_items(builder, like, load, hidden):
+    """The items or words of a load, with -inf in place of those items that are hidden, conditions by their numbers."""
+    if like.bitwidth != 16:
+        low = ir.Constant(load[0].type, -math.inf)
+        return [builder.select(hidden[k], low, x) if k in hidden else x for k, x in enumerate(load)]
+    low = _none(like)
+    for k, here in hidden.items():
+        shift = 16 * (k % 2)
+        without = builder.and_(load[k // 2], _c32(0xFFFF0000 >> shift))
+        load[k // 2] = builder.select(here, builder.or_(without, _c32(low << shift)), load[k // 2])
+    return load
 
 
 @intrinsic
 def hide(typingctx, like, v, k, team):
-    """v, but -inf in the place of the item that lies k positions after its first one, if it has one there."""
-    n = _per_load(like)
+    """Loads, but -inf in the place of the item that lies k positions after the first one, if it is one of them."""
+    n, each = _per_load(like), v.width * _per_load(like) // WIDTH
 
     def codegen(context, builder, sig, args):
         _, v, k, team = args
-        items, low = _items(builder, v), ir.Constant(v.type.element, -math.inf)
-        for g in range(0, WIDTH, n):
-            before, load = builder.block, items[g : g + n]
+        items = _items(builder, v)
+        for g in range(0, v.type.count, each):
+            before, load = builder.block, items[g : g + each]
             with builder.if_then(builder.icmp_unsigned("<", k, _c32(n))):
-                here = [builder.icmp_signed("==", k, _c32(i)) for i in range(n)]
-                hidden, after = [builder.select(h, low, x) for h, x in zip(here, load)], builder.block
-            items[g : g + n] = [_phi(builder, (x, before), (y, after)) for x, y in zip(load, hidden)]
+                here = {i: builder.icmp_signed("==", k, _c32(i)) for i in range(n)}
+                hidden, after = _hide_items(builder, like, list(load), here), builder.block
+            items[g : g + each] = [_phi(builder, (x, before), (y, after)) for x, y in zip(load, hidden)]
             k = builder.sub(k, builder.mul(team, _c32(n)))
         return _pack(builder, items, v.type)
 
@@ -310,34 +347,17 @@ def hide(typingctx, like, v, k, team):
 
 @intrinsic
 def hide_first(typingctx, like, v, count):
-    """v, but -inf in the place of its first `count` < n items."""
-
-    def codegen(context, builder, sig, args):
-        _, v, count = args
-        items = _items(builder, v)
-        for i in range(_per_load(like) - 1):
-            hidden = builder.icmp_signed(">", count, _c32(i))
-            items[i] = builder.select(hidden, ir.Constant(items[i].type, -math.inf), items[i])
-        return _pack(builder, items, v.type)
-
-    return v(like, v, types.int32), codegen
-
-
-@intrinsic
-def hide_from(typingctx, like, v, k, team):
-    """v, but -inf in the places of the items that lie k positions after its first one and further on."""
+    """Loads, but -inf in the place of their first `count` < n items."""
     n = _per_load(like)
 
     def codegen(context, builder, sig, args):
-        _, v, k, team = args
-        items, low, far = _items(builder, v), ir.Constant(v.type.element, -math.inf), builder.mul(team, _c32(n))
-        for i in range(WIDTH):
-            if i and i % n == 0:
-                k = builder.sub(k, far)
-            items[i] = builder.select(builder.icmp_signed("<=", k, _c32(i % n)), low, items[i])
+        _, v, count = args
+        items, each = _items(builder, v), v.type.count * n // WIDTH
+        hidden = {i: builder.icmp_signed(">", count, _c32(i)) for i in range(n - 1)}
+        items[:each] = _hide_items(builder, like, items[:each], hidden)
         return _pack(builder, items, v.type)
 
-    return v(like, v, types.int32, types.int32), codegen
+    return v(like, v, types.int32), codegen
 
 
 def _words(builder, v):
@@ -352,6 +372,7 @@ RING = 12288  # bytes of a warp's ring: six rounds of 16-bit logits, three of fl
 GRAD_RING = 8192  # the same where a block writes gradients, which is to fit into 99 KB
 RING_ITEMS = RING // 8
 APART = 512  # bytes from one load of a thread to its next in the ring
+EVICT_FIRST = 0x12F0000000000000  # what createpolicy.fractional.L2::evict_first.b64 gives, from sm_80 to sm_100
 
 
 @intrinsic
@@ -378,8 +399,7 @@ def _copy_ahead(builder, like, where, address, left=None, last=False):
     second-level cache may forget them first."""
     hint, letters, more = "", "r,l", []
     if last:
-        policy = ir.InlineAsm(ir.FunctionType(_I64, []), "createpolicy.fractional.L2::evict_first.b64 $0, 1.0;", "=l")
-        hint, letters, more = ".L2::cache_hint", "r,l,l", [builder.call(policy, [])]
+        hint, letters, more = ".L2::cache_hint", "r,l,l", [ir.Constant(_I64, EVICT_FIRST)]
     code = f"cp.async.cg.shared.global{hint} [$0], [$1], 16{', $2' if last else ''};"
     for g in range(WIDTH // _per_load(like)):
         to, at = builder.add(where, _c32(APART * g)), builder.add(address, ir.Constant(_I64, APART * g))
@@ -458,10 +478,11 @@ def store_ring(typingctx, like, where, item):
 
 def _store_none(builder, like, where, count):
     """`count` times -inf to shared memory."""
-    none = {types.int16: 0xFC00, types.uint16: 0xFF80, types.float32: 0xFF800000}[like]
     bits = ir.IntType(like.bitwidth)
     pointer = builder.inttoptr(where, ir.VectorType(bits, count).as_pointer(3))
-    builder.store(ir.Constant(ir.VectorType(bits, count), [none] * count), pointer, align=count * like.bitwidth // 8)
+    builder.store(
+        ir.Constant(ir.VectorType(bits, count), [_none(like)] * count), pointer, align=count * like.bitwidth // 8
+    )
 
 
 @intrinsic
@@ -488,17 +509,19 @@ def hide_load(typingctx, like, where):
 
 @intrinsic
 def load_ring(typingctx, like, where):
-    """The Vector that copy_ahead has copied."""
+    """The Loads that copy_ahead has copied."""
 
     def codegen(context, builder, sig, args):
         kind, words = ir.VectorType(_I32, 4), []
         for g in range(WIDTH // _per_load(like)):
             pointer = builder.inttoptr(builder.add(args[1], _c32(APART * g)), kind.as_pointer(3))
-            words.append(_items(builder, builder.load(pointer, align=16)))
-        items = [x for w in words for x in _widen_words(context, builder, like, w)]
-        return _pack(builder, items, vector_ir(sig.return_type))
+            words += _items(builder, builder.load(pointer, align=16))
+        return _join_words(context, builder, like, words)
 
-    return _wide(like)(like, types.int32), codegen
+    return _loads(like)(like, types.int32), codegen
+
+
+# -- pairs of 16-bit logits in a word ----------------------------------------------------------------------------
 
 
 def _larger_pair(builder, like, a, b):
@@ -509,23 +532,34 @@ def _larger_pair(builder, like, a, b):
 
 
 @intrinsic
-def load_ring_above(typingctx, like, where, low, top):
-    """(Vector that copy_ahead has copied, but `low` where a logit is less; the largest of them and of `top`), for 16
-    bits: `low` and `top` are pairs of logits in a word, which are compared before they are widened."""
-    result = types.Tuple((_wide(like), types.int32))
+def larger_pair(typingctx, like, a, b):
+    """The larger of two pairs, NaN being the largest."""
+    return types.int32(like, types.int32, types.int32), lambda context, builder, sig, args: _larger_pair(
+        builder, like, *args[1:]
+    )
+
+
+@intrinsic
+def pairs_above(typingctx, like, v, low):
+    """Loads, but those of the pair `low` where a logit is less."""
 
     def codegen(context, builder, sig, args):
-        _, where, low, top = args
-        kind, items = ir.VectorType(_I32, 4), []
-        for g in range(WIDTH // _per_load(like)):
-            pointer = builder.inttoptr(builder.add(where, _c32(APART * g)), kind.as_pointer(3))
-            words = [_larger_pair(builder, like, w, low) for w in _items(builder, builder.load(pointer, align=16))]
-            for i in (0, 2):  # of three at once: one instruction
-                top = _larger_pair(builder, like, _larger_pair(builder, like, *words[i : i + 2]), top)
-            items += _widen_words(context, builder, like, words)
-        return context.make_tuple(builder, result, [_pack(builder, items, vector_ir(result[0])), top])
+        return _pack(builder, [_larger_pair(builder, like, w, args[2]) for w in _items(builder, args[1])], args[1].type)
 
-    return result(like, types.int32, types.int32, types.int32), codegen
+    return v(like, v, types.int32), codegen
+
+
+@intrinsic
+def largest_pair(typingctx, like, v, top):
+    """The largest of Loads and of the pair `top`."""
+
+    def codegen(context, builder, sig, args):
+        top, words = args[2], _items(builder, args[1])
+        for i in range(0, len(words), 2):  # of three at once: one instruction
+            top = _larger_pair(builder, like, _larger_pair(builder, like, *words[i : i + 2]), top)
+        return top
+
+    return types.int32(like, v, types.int32), codegen
 
 
 @intrinsic
@@ -555,6 +589,9 @@ def larger_of_pair(typingctx, like, pair):
         return _widen_words(context, builder, like, [_larger_pair(builder, like, args[1], swapped)])[0]
 
     return types.float32(like, types.int32), codegen
+
+
+# -- rounded and written -----------------------------------------------------------------------------------------
 
 
 def _rounded(builder, like, items):
@@ -659,6 +696,9 @@ def store_once(typingctx, like_out, address, stride, begin, end, v):
     return types.void(like_out, i64, i64, i32, i32, v), codegen
 
 
+# -- labels, class weights ---------------------------------------------------------------------------------------
+
+
 @intrinsic
 def load_apart(typingctx, like, like_items, address, stride, position, end):
     """The first half of what load_part reads in a warp for logits like `like`, from items of any type and at any
@@ -729,6 +769,9 @@ def ones_apart(typingctx, like, position, end):
         return _pack(builder, [builder.select(x, one, zero) for x in inside], kind)
 
     return wide(like, types.int64, types.int64), codegen
+
+
+# -- folds and shuffles ------------------------------------------------------------------------------------------
 
 
 def _part(builder, v, begin, end):

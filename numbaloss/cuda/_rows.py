@@ -27,9 +27,8 @@ from ._chunks import (
 from ._launch import cuda, device
 from ._memory import anew, count_larger, first_item, load, thread_anew
 from ._operands import item_place
-from ._stream import start_chunks, sum_chunks
 
-PARTS = 256  # chunks that a team joins at a time
+PARTS = 64  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
 
 
@@ -98,47 +97,6 @@ def join_few(room, k, end):
         s = fma(small, weight, large) if small != 0.0 else large
         c, k = max(c, c2), np.int32(k + 1)
     return s, c
-
-
-@device
-def row_sum(like, rows, notes, room, tasks, ring, capacity):
-    """(s, c) of the whole row notes[w, :2] = (address, skip), for each warp w, but for the class `skip`, for every
-    thread of its team: its chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, 32) float64, and
-    a ring. A team has as many warps as the row has chunks, PARTS / 32 at most. notes[w, 4] holds a number meanwhile."""
-    lane, classes, first = np.int32(cuda.laneid), rows[5], np.int32(0)
-    while np.int64(first) * CHUNK < classes:
-        count, k = parts_from(first, classes)
-        if k < count:
-            note = notes[thread_anew() >> 5]
-            address, skip, begin = float_bits(note[0]), float_bits(note[1]), np.int64(first + k - 1) * CHUNK
-            tasks[0, lane] = bits_float(address + begin * class_stride(like, rows))
-            tasks[1, lane] = bits_float(skip - begin)
-            tasks[2, lane] = bits_float(min(np.int64(CHUNK), classes - begin))
-        if lane == 0:
-            notes[thread_anew() >> 5, 4] = bits_float(np.int64(first if classes > CHUNK else -1))
-        cuda.syncwarp()
-        _, warp, warps = team_of(classes)
-        size = np.int32((count - 2 - warp + warps) // warps)
-        ahead = start_chunks(like, rows[4], size, tasks, ring, capacity)
-        sum_chunks(like, rows[4], size, tasks, ring, capacity, ahead)
-        cuda.syncwarp()
-        first = np.int32(float_bits(notes[thread_anew() >> 5, 4]))
-        if first < 0:
-            return tasks[0, 0], tasks[1, 0]
-        count, k = parts_from(first, classes)
-        if k < count:
-            room[0, k], room[1, k] = tasks[0, lane], tasks[1, lane]
-        join_round(room, first, count)
-        first = np.int32(first + PARTS - 1)
-    return joined(room)
-
-
-@device
-def parts_from(first, classes):
-    """(end of room where the chunks of a row from `first` on go, this thread's place there)."""
-    _, warp, warps = team_of(classes)
-    chunks = np.int32((anew(classes) + CHUNK - 1) // CHUNK)
-    return min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1 + cuda.laneid * warps)
 
 
 @device

@@ -19,7 +19,6 @@ from .._scalar import (
     ONE,
     clipped_term_32,
     exponent_32,
-    f32,
     frame_32,
     power_32,
     power_of_two,
@@ -31,11 +30,12 @@ from ._chunks import (
     WARP,
     add_step,
     chunk_sum,
+    clip_of,
     first_position,
     fold_lanes,
     guess_after,
+    largest_of,
     skip_position,
-    team_largest,
 )
 from ._launch import cuda, device
 from ._memory import (
@@ -51,17 +51,17 @@ from ._memory import (
     hide_load,
     join,
     larger_of_pair,
+    largest_pair,
     load,
     load_ring,
-    load_ring_above,
     pair_above,
+    pairs_above,
     shared_address,
     store_ring,
     warp_largest,
+    widened,
     zeros,
 )
-
-CLIP_LIMIT = f32(256)  # up to here 16-bit logits lie at most 1 apart
 
 
 @device
@@ -148,38 +148,25 @@ def next_round(like, where, ring, capacity):
     return where if where < np.int32(ring + capacity) else ring
 
 
-def clip_of(like, low):
-    """What add_round needs of `low`: for 16 bits a pair of logits (see pair_above), 0 where these lie far apart."""
-    if isinstance(like, np.float32):
-        return np.int32(1)
-    return pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
-
-
-@overload(clip_of)
-def _clip_of(like, low):
-    if like == types.float32:
-        return lambda like, low: np.int32(1)
-    return lambda like, low: pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
-
-
 def add_round(like, where, clip, low, m, total, top):
     """As add_step, of a round in the ring. Of 16-bit logits `top` is a pair: two are compared at once."""
     if isinstance(like, np.float32):
         return add_step(load_ring(like, where), low, m, total, top)
-    x, top = load_ring_above(like, where, clip, top)
-    return clipped_term_32(x, m, total)[0], top
+    return add_round_16(like, where, clip, m, total, top)
 
 
 @overload(add_round)
 def _add_round(like, where, clip, low, m, total, top):
     if like == types.float32:
         return lambda like, where, clip, low, m, total, top: add_step(load_ring(like, where), low, m, total, top)
+    return lambda like, where, clip, low, m, total, top: add_round_16(like, where, clip, m, total, top)
 
-    def add(like, where, clip, low, m, total, top):
-        x, top = load_ring_above(like, where, clip, top)
-        return clipped_term_32(x, m, total)[0], np.int32(top)
 
-    return add
+@device
+def add_round_16(like, where, clip, m, total, top):
+    v = pairs_above(like, load_ring(like, where), clip)
+    top = largest_pair(like, v, np.int32(top))  # first, or pairs and logits are both held in registers
+    return clipped_term_32(widened(like, v), m, total)[0], top
 
 
 def no_top(like):
@@ -267,7 +254,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead):
             if ref != ref:
                 await_oldest(like, capacity)
                 hide_in_ring(like, where, np.int32(0), begin, skip)
-                ref = exponent_32(team_largest(load_ring(like, where), WARP))
+                ref = exponent_32(largest_of(like, load_ring(like, where), WARP))
             m, low = frame_32(ref, BIAS)
             clip, total, top, p = clip_of(like, low), zeros(like), no_top(like), np.int32(0)
             last, apart = min(end, np.int32(CHUNK)), np.int32(0) if begin > 0 else np.int32(skip & -LANES)

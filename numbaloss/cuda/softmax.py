@@ -7,6 +7,7 @@ of logits, `items` that of rows. Kernels return nothing: where the CPU's count l
 import cupy
 import numpy as np
 from numba import types
+from numba.extending import overload
 
 from .._intrinsics import bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
@@ -29,7 +30,7 @@ from ._columns import (
     take_rows,
     threads_of,
 )
-from ._gradients import fill_row, write_grad
+from ._gradients import TASKS, TEAM, fill_row, row_sum, team_for, write_grad
 from ._launch import cuda, device, kept, kernel, launch, resident
 from ._memory import (
     GRAD_RING,
@@ -53,7 +54,6 @@ from ._rows import (
     leave_largest_out,
     row_address,
     row_moments,
-    row_sum,
     score_row,
     team_of,
 )
@@ -62,15 +62,14 @@ from ._stream import start_chunks, sum_chunks, thread_ring
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
-GRAD_TEAMS = 8  # warps of a block that writes gradients
-NOTE = 7  # numbers that a warp keeps of its row
-GRAD_SHARED = (3 * PARTS + GRAD_TEAMS * (3 * 32 + NOTE)) * 8  # its bytes of shared memory beside the rings
+NOTE = 7  # numbers that a warp which writes gradients keeps of its row
+GRAD_SHARED = (3 * PARTS + TEAM * (3 * TASKS + NOTE)) * 8  # bytes of shared memory of its block beside the rings
 
 
 def teams(items, classes, warps=TEAMS):
-    """(blocks, threads) for a team a row, of at most `warps`."""
+    """(blocks, threads) for a team a row, of at most `warps` for a row of more than one chunk."""
     if classes <= CHUNK:
-        return -(-items // warps), 32 * warps
+        return -(-items // TEAMS), THREADS
     return items, 32 * min(warps, -(-classes // CHUNK))
 
 
@@ -80,6 +79,20 @@ def round_team(like, rows):
     aligned = stride != like.itemsize or (base | outer_stride | inner_stride) % 16 == 0
     needed = classes if aligned else classes + 16 // like.itemsize - 1
     return 8 if needed <= 256 else 16 if needed <= 512 else 32 if needed <= 1024 else 0
+
+
+TEAM_TYPES = {8: np.int16, 16: np.uint16, 32: np.int32}  # by which the compiler knows the number
+
+
+def known_team(team):
+    """The number of round_team, as an int32."""
+    return np.int32(team)
+
+
+@overload(known_team)
+def _known_team(team):
+    number = {types.int16: np.int32(8), types.uint16: np.int32(16), types.int32: np.int32(32)}[team]
+    return lambda team: number
 
 
 @device
@@ -99,7 +112,17 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     team, chunks = round_team(like, rows), -(-rows[5] // CHUNK)
     if team:
         blocks, group = warps_for(items, 1, resident(_short_sparse_xent.of(like), loss), 32 // team)
-        return launch(_short_sparse_xent.of(like), blocks, 32, loss, items, group, team, *arguments, address(loss))
+        return launch(
+            _short_sparse_xent.of(like),
+            blocks,
+            32,
+            loss,
+            items,
+            group,
+            TEAM_TYPES[team](team),
+            *arguments,
+            address(loss),
+        )
     most = resident(_sparse_xent.of(like), loss)
     blocks, group = warps_for(items, chunks, most)
     more_blocks, parts_each = warps_for(items * chunks, 1, most)
@@ -178,7 +201,7 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
     """Rows of one round: thread i looks up label and target of row i, `team` threads sum a row at once, so that the
     warp sums 32 / team of its `group` rows at a time; then thread i takes the logarithm for row i."""
     room = cuda.shared.array((4, 32), types.float64)
-    team, first = np.int32(team), np.int64(cuda.blockIdx.x) * group
+    team, first = known_team(team), np.int64(cuda.blockIdx.x) * group
     size = np.int32(min(group, items - first))
     x = look_up(like, rows, first, np.int64(0), size, np.int64(1), labels, weights, ignore_index, room)
     room[3, cuda.laneid] = x
@@ -268,7 +291,8 @@ def sparse_xent_grad(work, items, like, rows, labels, weights, ignore_index, sca
     """As sparse_xent, and row r of `grad_rows` = d(scale[r] * loss[r]) / d(row r), which may be the logits' memory."""
     rows, grad_rows = with_known_stride(like, rows), with_known_stride(like_grad, grad_rows)
     arguments = operand(labels), operand(weights), ignore_index, address(scale), address(loss), like_grad, grad_rows
-    blocks, threads = teams(items, rows[5], GRAD_TEAMS)
+    most = resident(_sparse_xent_grad.of(like), loss) * TEAM
+    blocks, threads = teams(items, rows[5], team_for(items, rows[5], most))
     return launch(_sparse_xent_grad.of(like), blocks, threads, loss, items, like, rows, *arguments)
 
 
@@ -277,21 +301,23 @@ def frame_of(zero, like_grad, s, c, x, scale):
     return grad_frame(zero, like_grad, top_of(c, x), others_of(s, c, x), scale_of(s, c, x, scale))
 
 
-@kernel(32 * GRAD_TEAMS, 2, 2, 1, room=GRAD_RING, shared=GRAD_SHARED)
+@kernel(32 * TEAM, 2, 2, 1, room=GRAD_RING, shared=GRAD_SHARED)
 def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, loss, like_grad, grad_rows):
     """A team sums a row, reads it again, the last rounds first, which its warps' rings still hold, and writes its
-    gradient; one thread writes the target's."""
-    room, tasks = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array((GRAD_TEAMS, 3, 32), types.float64)
+    gradient; one thread writes the loss and the target's entry."""
+    room, tasks = cuda.shared.array((3, PARTS), types.float64), cuda.shared.array((TEAM, 3, TASKS), types.float64)
     ring = cuda.shared.array(0, types.float64, 16)
-    notes, mine = cuda.shared.array((GRAD_TEAMS, NOTE), types.float64), np.int32(thread_anew() >> 5)
+    notes, mine = cuda.shared.array((TEAM, NOTE), types.float64), np.int32(thread_anew() >> 5)
     note = notes[mine]  # (address, label, target, row, ..., entry, scale) of a warp's row: registers are for the sum
     r, _, _ = team_of(rows[5])
     if r >= items:
         return
+    g = load(0.0, scale + r * 8)
     address, y = row_of(like, rows, r, labels, weights, ignore_index)
-    zero, x, g = compute_zero(like), target_of(like, rows, address, y), load(0.0, scale + r * 8)
+    zero = compute_zero(like)
     if cuda.laneid == 0:
-        note[0], note[1], note[2], note[3], note[6] = bits_float(address), bits_float(y), x, bits_float(r), g
+        note[0], note[1], note[3], note[6] = bits_float(address), bits_float(y), bits_float(r), g
+        note[2] = np.nan if y == 0 else 0.0  # where the address is 0: see row_of
     cuda.syncwarp()
     s, c = 0.0, -np.inf
     if address != 0:
@@ -301,14 +327,12 @@ def _sparse_xent_grad(items, like, rows, labels, weights, ignore_index, scale, l
     note = notes[thread_anew() >> 5]
     address, x, r = float_bits(note[0]), note[2], float_bits(note[3])
     m, low, shift, factor, entry = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
-    value = number(like, x)
     if address != 0:
         m, low, shift, factor, entry = frame_of(zero, like_grad, s, c, x, note[6])
-        value = loss_of(like, s, c, x)
     _, warp, _ = team_of(rows[5])
     if warp == 0 and cuda.laneid == 0:
         note[5] = np.float64(entry)
-        store(loss + r * item_size(zero), value)
+        store(loss + r * item_size(zero), loss_of(like, s, c, x) if address != 0 else number(like, x))
     if address == 0:
         fill_row(like, rows, r, like_grad, grad_rows, number(like, x))
     else:
