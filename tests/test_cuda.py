@@ -234,6 +234,21 @@ def test_16_bits_far_apart(dtype, scale):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_subnormal_gradients(dtype):
+    """Entries that are 0, subnormal or just not, which a thread may not get by adding exponents, and large ones."""
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.uniform(low, low + span, 1300) for low, span in ((-80, 20), (-105, 30), (-130, 130), (-9, 9))])
+    x = np.concatenate([x, x[3:], x[3:]]).astype(dtype)
+    x[:3, 700], x[4, 5:900] = 0, -INF
+    y = np.array([700, 3, 700, 3, 1, 3])
+    grads = nl.value_and_grad(nl.cross_entropy)
+    for upstream in (np.ones(6), np.array([1e-30, 1e20, -1e-8, 1e-38, -3e38, 0.0])):
+        check(grads, x, y, reduction="none", upstream=upstream)
+        if x.itemsize == 2:
+            check(grads, x, y, reduction="none", upstream=upstream, out=np.empty(x.shape, np.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("classes, rows", [(1, 40), (6, 300), (7, 300), (32, 290), (64, 33), (65, 33), (128, 70)])
 def test_few_classes(classes, rows, dtype):
     """[1, 2, 12] More than a block's rows; equal logits, zeros of either sign, NaN, infinities; between boundaries."""

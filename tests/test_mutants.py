@@ -154,6 +154,18 @@ MUTANTS = {
         "            at -= LANES * size",
         "test_cuda.py::test_many_classes[bfloat16]",
     ),
+    "CUDA: subnormal entries by addition of powers": (
+        "cuda/_gradients.py",
+        "SAFE = f32(20)",
+        "SAFE = f32(-20)",
+        "test_cuda.py::test_subnormal_gradients",
+    ),
+    "CUDA: a target that is not in the note": (
+        "cuda/_gradients.py",
+        "        if lane == 0:\n            note = notes[thread_anew() >> 5]",
+        "        if lane == 1:\n            note = notes[thread_anew() >> 5]",
+        "test_cuda.py::test_many_classes[float32]",
+    ),
     "CUDA: no gradient for the ninth round": (
         "cuda/_gradients.py",
         "        if i < begin and at < classes:",
@@ -170,7 +182,7 @@ MUTANTS = {
         "cuda/_chunks.py",
         "fma(p2, power2, p1 * power1)",
         "fma(p2, power1, p1 * power2)",
-        "test_cuda.py::test_rows_of_one_round",
+        "test_cuda.py::test_classes[513-bfloat16]",
     ),
     "CUDA: the other logit of a pair is hidden": (
         "cuda/_memory.py",
