@@ -233,6 +233,18 @@ def test_16_bits_far_apart(dtype, scale):
     check(none, x, np.array([1]))
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("rows, classes, warps", [(18, 8193, 1), (17, 16_391, 1), (9, 33_001, 2)])
+def test_gradients_of_many_rows(rows, classes, warps, dtype):
+    """More rows than warps, which then take two or three chunks of a row each."""
+    x, y = make_logits(rows, classes, dtype), make_labels(rows, classes)
+    x[1, 5], y[2], y[3], y[4] = NAN, -100, classes, classes - 1
+    grads, launches = nl.value_and_grad(nl.cross_entropy), []
+    with host.on_host(launches=launches):
+        check(grads, x, y, reduction="none", check_labels="nan")
+    assert host.ON_DEVICE or launches[-1] == ("_sparse_xent_grad", rows, 32 * warps)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_subnormal_gradients(dtype):
     """Entries that are 0, subnormal or just not, which a thread may not get by adding exponents, and large ones."""

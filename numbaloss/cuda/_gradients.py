@@ -31,7 +31,7 @@ from ._stream import copy_rest, round_bytes, rounds_in, start_chunks, sum_chunks
 
 ROUNDS = CHUNK // LANES
 TEAM = 8  # warps of a block at most
-SAFE = f32(20)  # so far above `low` no entry is subnormal: 2^24 is less
+SAFE = f32(20)  # so far above `low` no entry is subnormal: e^20 is more than 2^24
 TASKS = PARTS // TEAM  # chunks that a warp takes at a time at most
 
 
@@ -104,14 +104,6 @@ def fill_row(like, rows, r, like_grad, grad_rows, value):
 
 
 @device
-def entries(v, shift, m, low, factor):
-    """grad_of, in two branches: most rows have no shift."""
-    if shift == number(shift, 0.0):
-        return grad_of(v, m, low, factor)
-    return grad_of(v - shift, m, low, factor)
-
-
-@device
 def safe_word(m, low, shift, factor):
     """What the words of normal_product_32 are to lie above; none does in rows that have a shift or no gradient."""
     if shift == number(shift, 0.0) and factor == factor:
@@ -121,7 +113,7 @@ def safe_word(m, low, shift, factor):
 
 @device
 def round_entries(v, safe, shift, m, low, factor):
-    """entries of a round: nearly always none of a thread's is 0 or subnormal, and then powers of two can be added."""
+    """The entries of logits v. Nearly always none of a thread's is 0 or subnormal: then powers of two can be added."""
     if least_bits_of(fma(v, LOG2E, m - BIAS)) > safe:
         return normal_product_32(v, m - BIAS, factor)
     return grad_of(v - shift, m, low, factor)
@@ -140,7 +132,7 @@ def write_apart(like, rows, r, address, like_grad, grad_rows, m, low, shift, fac
         position = np.int32(cuda.laneid * (16 // item_size(like)))
         v = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
         to = out + (p - begin + position) * grad_stride
-        store_part(like, like_grad, to, grad_stride, position, before, near, entries(v, shift, m, low, factor))
+        store_part(like, like_grad, to, grad_stride, position, before, near, grad_of(v - shift, m, low, factor))
         p += warps * LANES
 
 
