@@ -157,7 +157,9 @@ def on_disk(function):
     @cache
     @wraps(function)
     def find(*args, **more):
-        path = Path(os.environ["NUMBA_CACHE_DIR"], "-".join(map(str, ("sass", stamp, *args, *more.items()))))
+        of = [(*x[:3], x.signature, x.bounds) if isinstance(x, Case) else x for x in args]
+        name = hashlib.sha256(repr((function.__name__, of, more)).encode()).hexdigest()[:16]
+        path = Path(os.environ["NUMBA_CACHE_DIR"], f"sass-{stamp}-{name}")
         with contextlib.suppress(OSError):
             return pickle.loads(zlib.decompress(path.read_bytes()))
         result = function(*args, **more)
@@ -170,7 +172,7 @@ def on_disk(function):
     return find
 
 
-@cache
+@on_disk
 def nvvm_modules(case):
     """What Numba gives to NVVM, (modules, options): only `arch` depends on the architecture."""
     given = []
