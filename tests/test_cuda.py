@@ -261,7 +261,7 @@ def test_subnormal_gradients(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("classes, rows", [(1, 40), (6, 300), (7, 300), (32, 290), (64, 33), (65, 33), (128, 70)])
+@pytest.mark.parametrize("classes, rows", [(1, 40), (6, 40), (7, 300), (32, 60), (64, 33), (65, 33), (128, 70)])
 def test_few_classes(classes, rows, dtype):
     """[1, 2, 12] More than a block's rows; equal logits, zeros of either sign, NaN, infinities; between boundaries."""
     for offset in (0, 1, 3):
