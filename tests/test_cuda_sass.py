@@ -477,6 +477,25 @@ def test_softmax_is_written_16_bytes_at_a_time(dtype, arch):
             assert "LDG.E.128" in opcodes_of(codes[name].text), name
 
 
+def test_the_policy_of_last_copies():
+    """EVICT_FIRST is what its instruction gives; from sm_90 on, that is computed while the kernel runs."""
+    ptx = """.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry policy(.param .u64 to)
+{
+.reg .b64 %p<3>;
+ld.param.u64 %p1, [to];
+createpolicy.fractional.L2::evict_first.b64 %p2, 1.0;
+st.global.b64 [%p1], %p2;
+ret;
+}
+"""
+    (text,) = sections(assemble(ptx)[0]).values()
+    low, high = _memory.EVICT_FIRST & 0xFFFFFFFF, _memory.EVICT_FIRST >> 32
+    assert low == 0 and re.search(rf"MOV.* {high:#x} ;", text), text
+
+
 FUSED = re.compile(r"\bfma\.rn\.f(?:32|64)\b")
 
 
