@@ -216,6 +216,32 @@ def test_rows_in_a_stream(dtype, classes):
     check(none, x[:5, 1:], np.array([-100, -100, 3, -100, 1]))
 
 
+@pytest.mark.parametrize("classes, begin", [(1100, 0), (1101, 1), (9001, 0), (16_400, 3)])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_scores_in_a_stream(dtype, classes, begin):
+    """Largest logits and ranks beside sums: equal ones in one round, two, two chunks, and at the target, before it or
+    behind; NaN and infinities there and elsewhere; a target far below the others; logits far from 0."""
+    x, y = make_logits(60, classes + begin, dtype)[:, begin:], make_labels(60, classes)
+    last, middle = classes - 1, classes // 2
+    for k, at in enumerate(([5, 6], [5, 700], [700, last], [5, last], [middle, last], [0, middle])):
+        x[4 * k : 4 * k + 4, at] = 30
+        y[4 * k : 4 * k + 3] = at[0], at[1], (at[0] + at[1]) // 2
+    for k, value in enumerate((NAN, INF, -INF)):
+        rows = slice(24 + 6 * k, 30 + 6 * k)
+        x[rows, middle], y[rows] = value, [middle, 3, last, middle, middle, middle]
+        x[24 + 6 * k + 3, 9], x[24 + 6 * k + 4, last] = value, value
+        x[24 + 6 * k + 5, 7] = -value
+    x[42], x[43], x[44], x[45, :last] = -INF, 2, -0.0, -INF
+    x[46, 8:], x[47, y[47]], x[48, y[48]], x[49] = -INF, -120, -300, x[49] * 8 + 200
+    x[50, ::2], x[50, 1::2] = 0, -0.0
+    x[51], x[52] = x[51] - 300, x[52] * 200
+    y[53], y[54], y[55] = -100, classes, -3
+    with host.on_host(launches=(launches := [])):
+        check(scores, x, y)
+    assert host.ON_DEVICE or dtype == np.float64 or launches[0][0] == "_stream_score"
+    check(lambda x, y: nl.score_tokens(x, y, check_labels="nan"), x[20:], y[20:])
+
+
 @pytest.mark.parametrize("scale", [1, 50, 400, 3000, 1e7])
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
 def test_16_bits_far_apart(dtype, scale):

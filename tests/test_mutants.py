@@ -166,6 +166,24 @@ MUTANTS = {
         "            note[2] = 0.0",
         "test_cuda.py::test_gradients_of_many_rows[9-33001-2-float32]",
     ),
+    "CUDA: the last round that holds the largest logit": (
+        "cuda/_stream.py",
+        "if high > best or (high != high",
+        "if high >= best or (high != high",
+        "test_cuda.py::test_scores_in_a_stream[bfloat16-9001-0]",
+    ),
+    "CUDA: ranks by logits that are clipped": (
+        "cuda/_stream.py",
+        "if clip == 0 or not target >= low + ONE:",
+        "if clip == 0:",
+        "test_cuda.py::test_scores_in_a_stream[float32-1101-1]",
+    ),
+    "CUDA: the target is not among the largest": (
+        "cuda/softmax.py",
+        "where = min(where, y)",
+        "where = where + 0",
+        "test_cuda.py::test_scores_in_a_stream[bfloat16-9001-0]",
+    ),
     "CUDA: no gradient for the ninth round": (
         "cuda/_gradients.py",
         "        if i < begin and at < classes:",

@@ -32,6 +32,7 @@ from .._vector import most_bits_of
 from ._launch import cuda, device
 from ._memory import (
     butterfly,
+    count_larger,
     fold_loads,
     halves,
     hide,
@@ -397,3 +398,30 @@ def thread_largest(v):
     a4, b4 = halves(at_least(a3, b3))
     a5, b5 = halves(at_least(a4, b4))
     return at_least(a5, b5)
+
+
+@device
+def chunk_rank(like, address, stride, size, x):
+    """The number of logits of a chunk that are larger than x."""
+    base, begin = first_position(like, address, stride)
+    end, larger = np.int32(begin + size), np.int64(0)
+    for p in range(np.int32(0), end, np.int32(LANES)):
+        larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
+    return warp_sum(larger)
+
+
+def thread_high(like, v):
+    """thread_largest of Loads."""
+    return high_16(like, v) if like.itemsize == 2 else thread_largest(v)
+
+
+@overload(thread_high)
+def _thread_high(like, v):
+    if like.bitwidth == 16:
+        return lambda like, v: high_16(like, v)
+    return lambda like, v: thread_largest(v)
+
+
+@device
+def high_16(like, v):
+    return larger_of_pair(like, largest_pair(like, v, pair_above(like, -INF)))

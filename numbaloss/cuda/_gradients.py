@@ -69,7 +69,7 @@ def row_sum(like, rows, notes, room, tasks, ring, capacity):
             note = notes[thread_anew() >> 5]
             target = float_bits(note[0]) + float_bits(note[1]) * class_stride(like, rows)
             note[2] = np.float64(widen(load(like, target)))
-        sum_chunks(like, rows[4], size, tasks, ring, capacity, ahead)
+        sum_chunks(like, rows[4], size, tasks, ring, capacity, ahead, None)
         cuda.syncwarp()
         first = np.int32(float_bits(notes[thread_anew() >> 5, 4]))
         if first < 0:

@@ -905,12 +905,12 @@ def count_larger(typingctx, v, x):
     """How many items of a Vector are larger than x."""
 
     def codegen(context, builder, sig, args):
-        total = ir.Constant(_I64, 0)
+        total = _c32(0)
         for item in _items(builder, args[0]):
-            total = builder.add(total, builder.zext(builder.fcmp_ordered(">", item, args[1]), _I64))
+            total = builder.add(total, builder.zext(builder.fcmp_ordered(">", item, args[1]), _I32))
         return total
 
-    return types.int64(v, x), codegen
+    return types.int32(v, x), codegen
 
 
 @intrinsic

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._intrinsics import bits_float, float_bits, fma, ordered_bits
+from .._intrinsics import bits_float, float_bits, fma, ordered_bits, select
 from .._scalar import CHUNK, LANES, exp_64, f32, merge_moments, others_to_target, target_loss
 from .._typed import compute_zero, item_size, key_value, number, widen
 from ._chunks import (
@@ -16,16 +16,16 @@ from ._chunks import (
     NO_GUESS,
     WARP,
     chunk_moment,
+    chunk_rank,
     chunk_sum,
     first_position,
     guess_after,
     load_step,
     thread_largest,
     warp_max,
-    warp_sum,
 )
 from ._launch import cuda, device
-from ._memory import anew, count_larger, first_item, load, thread_anew
+from ._memory import anew, first_item, load, thread_anew
 from ._operands import item_place
 
 PARTS = 64  # chunks that a team joins at a time
@@ -141,13 +141,14 @@ def first_nan(like, rows, address, room):
 
 
 @device
-def chunk_rank(like, address, stride, size, x):
-    """The number of logits of a chunk that are larger than x."""
-    base, begin = first_position(like, address, stride)
-    end, larger = np.int32(begin + size), np.int64(0)
-    for p in range(np.int32(0), end, np.int32(LANES)):
-        larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
-    return warp_sum(larger)
+def row_rank(like, rows, address, x):
+    """How many logits of a row are larger than x, by one warp."""
+    stride, begin, larger = class_stride(like, rows), np.int64(0), np.int64(0)
+    while begin < rows[5]:
+        size = min(np.int64(CHUNK), rows[5] - begin)
+        larger += chunk_rank(like, address + begin * stride, stride, size, x)
+        begin += CHUNK
+    return larger
 
 
 @device
@@ -307,13 +308,17 @@ def chunk_largest(like, address, stride, size):
 
 @device
 def round_place(like, rows, address, start, value):
-    """The first class from `start` on, where a round of the warp begins, with this logit; `start` if it is NaN or
-    -inf."""
+    """The first class from `start` on, where a round of the warp begins, with this logit, NaN being equal to NaN;
+    `start` if it is -inf."""
     stride, chunk = class_stride(like, rows), np.int64(start) // CHUNK * CHUNK
     base, begin = first_position(like, address + chunk * stride, stride)
     end, p = np.int32(begin + min(np.int64(CHUNK), rows[5] - chunk)), np.int32(start - chunk + begin) & -LANES
-    k = first_item(load_step(like, base, stride, np.int32(p), begin, end, np.int32(-1), WARP), value)
+    v, wanted = load_step(like, base, stride, np.int32(p), begin, end, np.int32(-1), WARP), value
+    if value != value:
+        wanted = number(value, 1.0)
+        v = select(v == v, wanted - wanted, wanted)
+    k = first_item(v, wanted)
     n = np.int32(16 // item_size(like))
     position = np.int64(p + cuda.laneid * n + k // n * 32 * n + k % n)
     place = -warp_max(-(position if k < 32 else np.int64(end)))
-    return chunk + place - begin if value > -np.inf and place < end else start
+    return chunk + place - begin if value != -np.inf and place < end else start

@@ -6,7 +6,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._intrinsics import at_least, bits_float, float_bits, fma, select
+from .._intrinsics import at_least, bits_float, float_bits, fma, ordered_bits, select
 from .._scalar import (
     BIAS,
     CHUNK,
@@ -17,8 +17,10 @@ from .._scalar import (
     LANES,
     LOG2E,
     ONE,
+    ZERO,
     clipped_term_32,
     exponent_32,
+    f32,
     frame_32,
     power_32,
     power_of_two,
@@ -36,6 +38,8 @@ from ._chunks import (
     guess_after,
     largest_of,
     skip_position,
+    thread_high,
+    warp_sum,
 )
 from ._launch import cuda, device
 from ._memory import (
@@ -44,6 +48,7 @@ from ._memory import (
     await_oldest,
     copy_ahead,
     copy_ahead_part,
+    count_larger,
     end_of_round,
     first_lanes,
     halves,
@@ -212,7 +217,7 @@ def add_late(like, late, low, m, total):
 
 
 @device
-def sum_apart(like, stride, size, room, ring, capacity, ahead):
+def sum_apart(like, stride, size, room, ring, capacity, ahead, ranked):
     """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
     guess, i = NO_GUESS, np.int32(0)
     while i < size:  # range() would hold a register more
@@ -237,7 +242,7 @@ def start_stream(like, size, room, ring, capacity):
 
 
 @device
-def sum_stream(like, stride, size, room, ring, capacity, ahead):
+def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
     """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
     wait for a sum. One that its guess does not fit is summed again from memory."""
     task, at, left, where = ahead
@@ -257,26 +262,75 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead):
                 ref = exponent_32(largest_of(like, load_ring(like, where), WARP))
             m, low = frame_32(ref, BIAS)
             clip, total, top, p = clip_of(like, low), zeros(like), no_top(like), np.int32(0)
+            best, place, larger, target = -INF, np.int32(0), np.int32(0), ZERO
+            if ranked is not None:
+                target = f32(room[5, i])
             last, apart = min(end, np.int32(CHUNK)), np.int32(0) if begin > 0 else np.int32(skip & -LANES)
             while p < last:
                 await_oldest(like, capacity)
                 if p == apart:
                     hide_in_ring(like, where, p, begin, skip)
                     apart = np.int32(skip & -LANES)
-                total, top = add_round(like, where, clip, low, m, total, top)
+                if ranked is None:
+                    total, top = add_round(like, where, clip, low, m, total, top)
+                else:
+                    v = load_ring(like, where)
+                    high = thread_high(like, v)
+                    if high > best or (high != high and best == best):
+                        best, place = high, p
+                    x = clipped(like, v, clip, low)
+                    if ranked != 0:
+                        larger = np.int32(larger + count_larger(x, target))
+                    total = clipped_term_32(x, m, total)[0]
                 task, at, left = copy_round(like, where, task, at, left, size, room)
                 where, p = next_round(like, where, ring, capacity), np.int32(p + LANES)
-            top = exponent_word(like, top, low, m)
+            if ranked is None:
+                top = exponent_word(like, top, low, m)
+            else:
+                top = float_bits(fma(at_least(best, low), LOG2E, m))
             if end > CHUNK:
                 total, t = add_late(like, late, low, m, total)
                 top = max(top, float_bits(t))
+                if late > best or (late != late and best == best):
+                    best, place = late, np.int32(CHUNK)
+                larger = np.int32(larger + (late > target))
+            if ranked is not None:
+                put_scores(like, room, i, best, place, larger, clip, low, target, ranked)
             s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
             if clip != 0 and 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 k = np.int32(anew(np.int64(i)))  # or a place in room is held all through the sum
                 put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
         cuda.syncwarp()
         i = np.int32(i + 1)
-    sum_apart(like, stride, size, room, ring, capacity, ahead)
+    sum_apart(like, stride, size, room, ring, capacity, ahead, ranked)
+
+
+@device
+def put_scores(like, room, i, best, place, larger, clip, low, target, ranked):
+    """room[3:6, i] = (key of a chunk's largest logit, 2^31 - 1 for NaN; where the first round begins that holds it; how
+    many logits are larger than the target, -1 if that is to be counted again)."""
+    key = np.int32(0x7FFFFFFF) if best != best else np.int32(ordered_bits(best + ZERO))
+    highest = warp_largest(key)
+    first = -warp_largest(np.int32(-place if key == highest else -2 * CHUNK))
+    count = np.int64(0)
+    if ranked != 0:
+        count = warp_sum(np.int64(larger))
+        if clip == 0 or not target >= low + ONE:  # it was compared with logits that `low` had replaced, or NaN
+            count = np.int64(-1)
+    if cuda.laneid == 0:
+        room[3, i], room[4, i], room[5, i] = np.float64(highest), np.float64(first), np.float64(count)
+
+
+def clipped(like, v, clip, low):
+    """The logits of Loads, none below `low`."""
+    return widened(like, pairs_above(like, v, clip)) if like.itemsize == 2 else at_least(v, low)
+
+
+@overload(clipped)
+def _clipped(like, v, clip, low):
+    if like.bitwidth == 16:
+        return lambda like, v, clip, low: widened(like, pairs_above(like, v, clip))
+    return lambda like, v, clip, low: at_least(v, low)
 
 
 @device
@@ -301,19 +355,21 @@ def _start_chunks(like, stride, size, room, ring, capacity):
     return lambda like, stride, size, room, ring, capacity: None
 
 
-def sum_chunks(like, stride, size, room, ring, capacity, ahead):
+def sum_chunks(like, stride, size, room, ring, capacity, ahead, ranked):
     """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
-    of 0 is no chunk. `stride` is an int32 where classes lie side by side; `ahead` is from start_chunks."""
-    return (sum_apart if ahead is None else sum_stream)(like, int(stride), size, room, ring, capacity, ahead)
+    of 0 is no chunk. `stride` is an int32 where classes lie side by side; `ahead` is from start_chunks. If `ranked` is
+    not None, room[5, i] holds a target's logit, and put_scores is called too, to count what is larger unless `ranked`
+    is 0."""
+    return (sum_apart if ahead is None else sum_stream)(like, int(stride), size, room, ring, capacity, ahead, ranked)
 
 
 @overload(sum_chunks)
-def _sum_chunks(like, stride, size, room, ring, capacity, ahead):
+def _sum_chunks(like, stride, size, room, ring, capacity, ahead, ranked):
     function = sum_apart if ahead == types.none else sum_stream
     if stride == types.int32:
-        return lambda like, stride, size, room, ring, capacity, ahead: function(
-            like, np.int64(item_size(like)), size, room, ring, capacity, ahead
+        return lambda like, stride, size, room, ring, capacity, ahead, ranked: function(
+            like, np.int64(item_size(like)), size, room, ring, capacity, ahead, ranked
         )
-    return lambda like, stride, size, room, ring, capacity, ahead: function(
-        like, stride, size, room, ring, capacity, ahead
+    return lambda like, stride, size, room, ring, capacity, ahead, ranked: function(
+        like, stride, size, room, ring, capacity, ahead, ranked
     )

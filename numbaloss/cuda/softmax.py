@@ -9,9 +9,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .._intrinsics import bits_float, float_bits, select
+from .._intrinsics import at_least, bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
-from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
+from .._typed import compute_zero, grad_frame, grad_of, item_size, key_value, number, softmax_frame, softmax_of, widen
 from ._chunks import WARP, first_position, load_step, round_sum
 from ._columns import (
     ROOM_32,
@@ -52,8 +52,10 @@ from ._rows import (
     join_few,
     join_parts,
     leave_largest_out,
+    round_place,
     row_address,
     row_moments,
+    row_rank,
     score_row,
     team_of,
 )
@@ -62,6 +64,7 @@ from ._stream import start_chunks, sum_chunks, thread_ring
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
+SCORE_SHARED = RING + 8 * 32 * 8  # the same where it scores
 NOTE = 7  # numbers that a warp which writes gradients keeps of its row
 GRAD_SHARED = (3 * PARTS + TEAM * (3 * TASKS + NOTE)) * 8  # bytes of shared memory of its block beside the rings
 
@@ -124,11 +127,11 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
             address(loss),
         )
     most = resident(_sparse_xent.of(like), loss)
-    blocks, group = warps_for(items, chunks, most)
-    more_blocks, parts_each = warps_for(items * chunks, 1, most)
-    if chunks <= 32 and group * chunks <= parts_each + 1:  # a row is not worth a second kernel
+    blocks, group = rows_of_warps(items, chunks, most)
+    if group:
         rows_of_warp = items, group, chunks, 32 // chunks
         return launch(_sparse_xent.of(like), blocks, 32, loss, *rows_of_warp, *arguments, address(loss))
+    more_blocks, parts_each = warps_for(items * chunks, 1, most)
     parts, chunks_of_warp = kept(cupy.empty((items * chunks, 2))), (items * chunks, parts_each, chunks)
     launch(_chunk_sums.of(like), more_blocks, 32, loss, *chunks_of_warp, *arguments, address(parts))
     return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
@@ -140,6 +143,16 @@ def warps_for(items, chunks, most, at_once=1):
     waves = max(1, -(-items * chunks // (32 * most)))
     group = max(at_once, -(-items // (waves * most)))
     return -(-items // group), group
+
+
+def rows_of_warps(items, chunks, most):
+    """warps_for rows that a warp sums whole, of up to 32 chunks; (0, 0) where chunks shared out would take less time by
+    more than one."""
+    if chunks <= 32:
+        blocks, group = warps_for(items, chunks, most)
+        if group * chunks <= warps_for(items * chunks, 1, most)[1] + 1:
+            return blocks, group
+    return 0, 0
 
 
 @device
@@ -232,7 +245,7 @@ def _sparse_xent(items, group, chunks, at_once, like, rows, labels, weights, ign
         x = look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
         ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
         room[3, cuda.laneid] = x  # which the copies did not wait for
-        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead)
+        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, None)
         done = anew(done)
         first, size = rows_from(done, group, items, at_once)
         finish(like, loss, first, size, chunks, room)
@@ -254,7 +267,7 @@ def _chunk_sums(items, group, chunks, like, rows, labels, weights, ignore_index,
     first = np.int64(cuda.blockIdx.x) * group
     size, r = np.int32(min(group, items - first)), first // chunks
     look_up(like, rows, r, first - r * chunks, size, chunks, labels, weights, ignore_index, room)
-    sum_chunks(like, rows[4], size, room, ring, RING, start_chunks(like, rows[4], size, room, ring, RING))
+    sum_chunks(like, rows[4], size, room, ring, RING, start_chunks(like, rows[4], size, room, ring, RING), None)
     cuda.syncwarp()
     if cuda.laneid < size:
         at, i = parts + (first + cuda.laneid) * 16, np.int32(cuda.laneid)
@@ -580,10 +593,14 @@ def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, 
     """What a row tells of its target; `rank` and `entropy` are arrays, or None."""
     if score_threads(like, rows[5])[0]:
         return narrow_score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy)
-    rows = with_known_stride(like, rows)
+    rows, chunks = with_known_stride(like, rows), -(-rows[5] // CHUNK)
     fields = (address(x) for x in (logprob, lse, argmax, rank))
-    arguments = items, like, rows, operand(labels), operand(weights), ignore_index, *fields
-    launch(_score.of(like), *teams(items, rows[5]), logprob, *arguments)
+    arguments = like, rows, operand(labels), operand(weights), ignore_index, *fields
+    blocks, group = rows_of_warps(items, chunks, resident(_stream_score.of(like), logprob))
+    if group and rows[5] > LANES and like.itemsize < 8 and type(rows[4]) is np.int32:
+        launch(_stream_score.of(like), blocks, 32, logprob, items, group, chunks, 32 // chunks, *arguments)
+    else:
+        launch(_score.of(like), *teams(items, rows[5]), logprob, items, *arguments)
     if entropy is not None:
         arguments = items, like, rows, *(address(x) for x in (logprob, lse, argmax, entropy))
         launch(_entropy.of(like), *teams(items, rows[5]), logprob, *arguments)
@@ -617,6 +634,85 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
         row_lse = largest if nan < 0 else number(like, np.nan)
     if first:
         put(like, r, number(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
+
+
+@kernel(32, 16, 16, 8, shared=SCORE_SHARED)
+def _stream_score(items, group, chunks, at_once, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank):
+    """As _score for rows of up to 32 chunks, classes side by side, by warps of their own, as in _sparse_xent: with the
+    sum of a chunk comes its largest logit and the round that holds it first, which is read again for the class."""
+    room, lane = cuda.shared.array((8, 32), types.float64), np.int32(cuda.laneid)
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
+    done = np.int64(0)
+    while done < group:
+        first, size = rows_from(done, group, items, at_once)
+        x = look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
+        ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
+        if lane < size * chunks:
+            y = float_bits(room[1, lane])
+            if float_bits(room[0, lane]) == 0:
+                y = np.int64(-2 if y == 0 else -1)
+            room[6, lane], room[7, lane] = x, bits_float(y)
+        cuda.syncwarp()
+        room[5, lane] = room[6, lane // np.int32(chunks) * np.int32(chunks)]
+        cuda.syncwarp()
+        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, rank)
+        done = anew(done)
+        first, size = rows_from(done, group, items, at_once)
+        finish_scores(like, rows, first, np.int32(size), np.int32(chunks), room, logprob, lse, argmax, rank)
+        done += at_once
+
+
+@device
+def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, rank):
+    """Scores of rows first + i, from what _stream_score has in room[:, i * chunks] and so on, a thread a row; then the
+    class of each row's largest logit, a row after the other."""
+    cuda.syncwarp()
+    lane, r, full = np.int32(cuda.laneid), first + cuda.laneid, False
+    i, start, y = np.int32(lane * chunks), np.int64(-1), np.int64(-1)
+    zero, key, larger = compute_zero(like), np.int32(-0x80000000), np.int64(0)
+    value, x, again = zero, zero, False
+    if lane < size:
+        y, x = float_bits(room[7, i]), number(like, room[6, i])
+        if y < 0:
+            value = number(like, np.nan if y == -2 else 0.0)
+            put(like, r, value, value, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
+        else:
+            begin = first_position(like, row_address(rows, r), class_stride(like, rows))[1]
+            for k in range(chunks):
+                if np.int32(room[3, i + k]) > key:
+                    key = np.int32(room[3, i + k])
+                    start = np.int64(k) * CHUNK + max(np.int64(room[4, i + k]) - begin, np.int64(0))
+                larger += np.int64(room[5, i + k])
+                again = again or room[5, i + k] < 0.0
+            value = key_value(zero, key)
+            s, c = join_few(room, i, np.int32(i + chunks))
+            u = others_to_target(s, c, np.float64(x), full)
+            loss = target_loss(u, s, c, np.float64(x), full)
+            row_lse = number(like, target_lse(u, s, c, np.float64(x), loss, full))
+            if loss != loss:  # a row that is all -inf or holds +inf or NaN
+                row_lse = at_least(value, x)
+            if x > value or (x != x and value == value):
+                start = np.int64(-1)
+            put(like, r, number(like, 0.0 - loss), row_lse, y, larger, logprob, lse, argmax, rank)
+    cuda.syncwarp()
+    if lane < size:
+        room[0, lane], room[1, lane], room[2, lane] = bits_float(start), bits_float(y), np.float64(value)
+        room[3, lane], room[4, lane] = np.float64(x), np.float64(again)
+    cuda.syncwarp()
+    for k in range(size):
+        start, y, value, x = float_bits(room[0, k]), float_bits(room[1, k]), number(like, room[2, k]), room[3, k]
+        here = row_address(rows, first + k)
+        if start >= 0:
+            where = round_place(like, rows, here, start, value)
+            if x == value or x != x:
+                where = min(where, y)
+            if lane == 0:
+                store(argmax + (first + k) * 8, where)
+        if room[4, k] != 0.0 and rank != 0:
+            larger = row_rank(like, rows, here, number(like, x))
+            if lane == 0:
+                store(rank + (first + k) * 8, larger)
+    cuda.syncwarp()
 
 
 @device
