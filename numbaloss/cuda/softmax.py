@@ -670,7 +670,7 @@ def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, r
     lane, r, full = np.int32(cuda.laneid), first + cuda.laneid, False
     i, start, y = np.int32(lane * chunks), np.int64(-1), np.int64(-1)
     zero, key, larger = compute_zero(like), np.int32(-0x80000000), np.int64(0)
-    value, x, again = zero, zero, False
+    value, x = zero, zero
     if lane < size:
         y, x = float_bits(room[7, i]), number(like, room[6, i])
         if y < 0:
@@ -682,8 +682,8 @@ def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, r
                 if np.int32(room[3, i + k]) > key:
                     key = np.int32(room[3, i + k])
                     start = np.int64(k) * CHUNK + max(np.int64(room[4, i + k]) - begin, np.int64(0))
-                larger += np.int64(room[5, i + k])
-                again = again or room[5, i + k] < 0.0
+                part = np.int64(room[5, i + k])
+                larger = np.int64(-1) if larger < 0 or part < 0 else larger + part
             value = key_value(zero, key)
             s, c = join_few(room, i, np.int32(i + chunks))
             u = others_to_target(s, c, np.float64(x), full)
@@ -697,7 +697,7 @@ def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, r
     cuda.syncwarp()
     if lane < size:
         room[0, lane], room[1, lane], room[2, lane] = bits_float(start), bits_float(y), np.float64(value)
-        room[3, lane], room[4, lane] = np.float64(x), np.float64(again)
+        room[3, lane], room[4, lane] = np.float64(x), bits_float(larger)
     cuda.syncwarp()
     for k in range(size):
         start, y, value, x = float_bits(room[0, k]), float_bits(room[1, k]), number(like, room[2, k]), room[3, k]
@@ -708,7 +708,7 @@ def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, r
                 where = min(where, y)
             if lane == 0:
                 store(argmax + (first + k) * 8, where)
-        if room[4, k] != 0.0 and rank != 0:
+        if float_bits(room[4, k]) < 0:
             larger = row_rank(like, rows, here, number(like, x))
             if lane == 0:
                 store(rank + (first + k) * 8, larger)
