@@ -317,6 +317,7 @@ def put_scores(like, room, i, best, place, larger, clip, low, target, ranked):
         count = warp_sum(np.int64(larger))
         if clip == 0 or not target >= low + ONE:  # it was compared with logits that `low` had replaced, or NaN
             count = np.int64(-1)
+    cuda.syncwarp()  # all have read the target
     if cuda.laneid == 0:
         room[3, i], room[4, i], room[5, i] = np.float64(highest), np.float64(first), np.float64(count)
 
