@@ -4,6 +4,8 @@ The function of each name plans, turns arrays into integers and launches the ker
 of logits, `items` that of rows. Kernels return nothing: where the CPU's count labels out of range, these give 0.
 """
 
+from functools import lru_cache
+
 import cupy
 import numpy as np
 from numba import types
@@ -145,6 +147,7 @@ def warps_for(items, chunks, most, at_once=1):
     return -(-items // group), group
 
 
+@lru_cache(256)  # half a microsecond of each call
 def rows_of_warps(items, chunks, most):
     """warps_for rows that a warp sums whole, of up to 32 chunks; (0, 0) where chunks shared out would take less time by
     more than one."""
