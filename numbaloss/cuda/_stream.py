@@ -264,7 +264,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             clip, total, top, p = clip_of(like, low), zeros(like), no_top(like), np.int32(0)
             best, place, larger, target = -INF, np.int32(0), np.int32(0), ZERO
             if ranked is not None:
-                target = f32(room[5, i])
+                target = f32(room[4, i])
             last, apart = min(end, np.int32(CHUNK)), np.int32(0) if begin > 0 else np.int32(skip & -LANES)
             while p < last:
                 await_oldest(like, capacity)
@@ -307,8 +307,8 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
 
 @device
 def put_scores(like, room, i, best, place, larger, clip, low, target, ranked):
-    """room[3:6, i] = (key of a chunk's largest logit, 2^31 - 1 for NaN; where the first round begins that holds it; how
-    many logits are larger than the target, -1 if that is to be counted again)."""
+    """room[3:5, i] = (the key of a chunk's largest logit, 2^31 - 1 for NaN, and below it where the first round begins
+    that holds it; how many logits are larger than the target, -1 if that is to be counted again)."""
     key = np.int32(0x7FFFFFFF) if best != best else np.int32(ordered_bits(best + ZERO))
     highest = warp_largest(key)
     first = -warp_largest(np.int32(-place if key == highest else -2 * CHUNK))
@@ -319,7 +319,7 @@ def put_scores(like, room, i, best, place, larger, clip, low, target, ranked):
             count = np.int64(-1)
     cuda.syncwarp()  # all have read the target
     if cuda.laneid == 0:
-        room[3, i], room[4, i], room[5, i] = np.float64(highest), np.float64(first), np.float64(count)
+        room[3, i], room[4, i] = bits_float(np.int64(highest) << 32 | np.int64(first)), np.float64(count)
 
 
 def clipped(like, v, clip, low):
@@ -359,7 +359,7 @@ def _start_chunks(like, stride, size, room, ring, capacity):
 def sum_chunks(like, stride, size, room, ring, capacity, ahead, ranked):
     """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
     of 0 is no chunk. `stride` is an int32 where classes lie side by side; `ahead` is from start_chunks. If `ranked` is
-    not None, room[5, i] holds a target's logit, and put_scores is called too, to count what is larger unless `ranked`
+    not None, room[4, i] holds a target's logit, and put_scores is called too, to count what is larger unless `ranked`
     is 0."""
     return (sum_apart if ahead is None else sum_stream)(like, int(stride), size, room, ring, capacity, ahead, ranked)
 

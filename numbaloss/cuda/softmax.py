@@ -14,7 +14,7 @@ from numba.extending import overload
 from .._intrinsics import at_least, bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, key_value, number, softmax_frame, softmax_of, widen
-from ._chunks import WARP, first_position, load_step, round_sum
+from ._chunks import ALL, WARP, first_position, load_step, round_sum
 from ._columns import (
     ROOM_32,
     ROOM_64,
@@ -66,7 +66,7 @@ from ._stream import start_chunks, sum_chunks, thread_ring
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
-SCORE_SHARED = RING + 8 * 32 * 8  # the same where it scores
+SCORE_SHARED = RING + 5 * 32 * 8  # the same where it scores
 NOTE = 7  # numbers that a warp which writes gradients keeps of its row
 GRAD_SHARED = (3 * PARTS + TEAM * (3 * TASKS + NOTE)) * 8  # bytes of shared memory of its block beside the rings
 
@@ -148,12 +148,12 @@ def warps_for(items, chunks, most, at_once=1):
 
 
 @lru_cache(256)  # half a microsecond of each call
-def rows_of_warps(items, chunks, most):
-    """warps_for rows that a warp sums whole, of up to 32 chunks; (0, 0) where chunks shared out would take less time by
-    more than one."""
+def rows_of_warps(items, chunks, most, times=1):
+    """warps_for rows that a warp sums whole, of up to 32 chunks; (0, 0) where chunks that are shared out evenly, each
+    taking so many times as long, would need less time by more than one."""
     if chunks <= 32:
         blocks, group = warps_for(items, chunks, most)
-        if group * chunks <= warps_for(items * chunks, 1, most)[1] + 1:
+        if group * chunks <= times * warps_for(items * chunks, 1, most)[1] + 1:
             return blocks, group
     return 0, 0
 
@@ -599,7 +599,7 @@ def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, 
     rows, chunks = with_known_stride(like, rows), -(-rows[5] // CHUNK)
     fields = (address(x) for x in (logprob, lse, argmax, rank))
     arguments = like, rows, operand(labels), operand(weights), ignore_index, *fields
-    blocks, group = rows_of_warps(items, chunks, resident(_stream_score.of(like), logprob))
+    blocks, group = rows_of_warps(items, chunks, resident(_stream_score.of(like), logprob), 2)
     if group and rows[5] > LANES and like.itemsize < 8 and type(rows[4]) is np.int32:
         launch(_stream_score.of(like), blocks, 32, logprob, items, group, chunks, 32 // chunks, *arguments)
     else:
@@ -643,51 +643,53 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
 def _stream_score(items, group, chunks, at_once, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank):
     """As _score for rows of up to 32 chunks, classes side by side, by warps of their own, as in _sparse_xent: with the
     sum of a chunk comes its largest logit and the round that holds it first, which is read again for the class."""
-    room, lane = cuda.shared.array((8, 32), types.float64), np.int32(cuda.laneid)
+    room, lane = cuda.shared.array((5, 32), types.float64), np.int32(cuda.laneid)
     ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
     done = np.int64(0)
     while done < group:
         first, size = rows_from(done, group, items, at_once)
         x = look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
         ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
-        if lane < size * chunks:
-            y = float_bits(room[1, lane])
-            if float_bits(room[0, lane]) == 0:
-                y = np.int64(-2 if y == 0 else -1)
-            room[6, lane], room[7, lane] = x, bits_float(y)
-        cuda.syncwarp()
-        room[5, lane] = room[6, lane // np.int32(chunks) * np.int32(chunks)]
+        room[4, lane] = cuda.shfl_sync(ALL, x, lane // np.int32(chunks) * np.int32(chunks))
         cuda.syncwarp()
         sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, rank)
         done = anew(done)
         first, size = rows_from(done, group, items, at_once)
-        finish_scores(like, rows, first, np.int32(size), np.int32(chunks), room, logprob, lse, argmax, rank)
+        y, x, start, value, larger = row_scores(
+            like, rows, first, size, chunks, labels, weights, ignore_index, room, logprob, lse, argmax, rank
+        )
+        cuda.syncwarp()
+        room[0, lane], room[1, lane], room[2, lane] = bits_float(start), bits_float(y), np.float64(value)
+        room[3, lane], room[4, lane] = np.float64(x), bits_float(larger)
+        cuda.syncwarp()
+        for k in range(size):
+            find_largest(like, rows, first + k, room[:, k], argmax, rank)
+        cuda.syncwarp()
         done += at_once
 
 
 @device
-def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, rank):
-    """Scores of rows first + i, from what _stream_score has in room[:, i * chunks] and so on, a thread a row; then the
-    class of each row's largest logit, a row after the other."""
-    cuda.syncwarp()
-    lane, r, full = np.int32(cuda.laneid), first + cuda.laneid, False
-    i, start, y = np.int32(lane * chunks), np.int64(-1), np.int64(-1)
-    zero, key, larger = compute_zero(like), np.int32(-0x80000000), np.int64(0)
-    value, x = zero, zero
-    if lane < size:
-        y, x = float_bits(room[7, i]), number(like, room[6, i])
-        if y < 0:
-            value = number(like, np.nan if y == -2 else 0.0)
-            put(like, r, value, value, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
+def row_scores(like, rows, first, size, chunks, labels, weights, ignore_index, room, logprob, lse, argmax, rank):
+    """Writes the scores of row first + i, a thread a row, from what _stream_score has in room[:, i * chunks] and so on.
+    Gives (target, its logit, where a round begins that holds the largest other logit first, or -1 if the target is the
+    only largest; that logit; how many are larger, or -1 if they are to be counted)."""
+    zero, full, r = compute_zero(like), False, first + cuda.laneid
+    y, start, larger, x, value = np.int64(-1), np.int64(-1), np.int64(0), zero, zero
+    if cuda.laneid < size:
+        i, key = np.int32(cuda.laneid * chunks), np.int64(-0x80000000)
+        address, y = row_of(like, rows, r, labels, weights, ignore_index)
+        x = number(like, target_of(like, rows, address, y))
+        if address == 0:
+            put(like, r, x, x, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
         else:
-            begin = first_position(like, row_address(rows, r), class_stride(like, rows))[1]
+            begin = first_position(like, address, class_stride(like, rows))[1]
             for k in range(chunks):
-                if np.int32(room[3, i + k]) > key:
-                    key = np.int32(room[3, i + k])
-                    start = np.int64(k) * CHUNK + max(np.int64(room[4, i + k]) - begin, np.int64(0))
-                part = np.int64(room[5, i + k])
+                word, part = float_bits(room[3, i + k]), np.int64(room[4, i + k])
+                if word >> 32 > key:
+                    key = word >> 32
+                    start = np.int64(k) * CHUNK + max((word & 0xFFFFFFFF) - begin, np.int64(0))
                 larger = np.int64(-1) if larger < 0 or part < 0 else larger + part
-            value = key_value(zero, key)
+            value = key_value(zero, np.int32(key))
             s, c = join_few(room, i, np.int32(i + chunks))
             u = others_to_target(s, c, np.float64(x), full)
             loss = target_loss(u, s, c, np.float64(x), full)
@@ -697,25 +699,24 @@ def finish_scores(like, rows, first, size, chunks, room, logprob, lse, argmax, r
             if x > value or (x != x and value == value):
                 start = np.int64(-1)
             put(like, r, number(like, 0.0 - loss), row_lse, y, larger, logprob, lse, argmax, rank)
-    cuda.syncwarp()
-    if lane < size:
-        room[0, lane], room[1, lane], room[2, lane] = bits_float(start), bits_float(y), np.float64(value)
-        room[3, lane], room[4, lane] = np.float64(x), bits_float(larger)
-    cuda.syncwarp()
-    for k in range(size):
-        start, y, value, x = float_bits(room[0, k]), float_bits(room[1, k]), number(like, room[2, k]), room[3, k]
-        here = row_address(rows, first + k)
-        if start >= 0:
-            where = round_place(like, rows, here, start, value)
-            if x == value or x != x:
-                where = min(where, y)
-            if lane == 0:
-                store(argmax + (first + k) * 8, where)
-        if float_bits(room[4, k]) < 0:
-            larger = row_rank(like, rows, here, number(like, x))
-            if lane == 0:
-                store(rank + (first + k) * 8, larger)
-    cuda.syncwarp()
+    return y, x, start, value, larger
+
+
+@device
+def find_largest(like, rows, r, found, argmax, rank):
+    """Writes what row_scores left open for row r: the class of the largest logit, and the rank, by the whole warp."""
+    start, y, value, x = float_bits(found[0]), float_bits(found[1]), number(like, found[2]), number(like, found[3])
+    address = row_address(rows, r)
+    if start >= 0:
+        where = round_place(like, rows, address, start, value)
+        if x == value or x != x:
+            where = min(where, y)
+        if cuda.laneid == 0:
+            store(argmax + r * 8, where)
+    if float_bits(found[4]) < 0:
+        larger = row_rank(like, rows, address, x)
+        if cuda.laneid == 0:
+            store(rank + r * 8, larger)
 
 
 @device
