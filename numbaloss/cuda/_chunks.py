@@ -24,7 +24,6 @@ from .._scalar import (
     exponent_32,
     f32,
     frame_32,
-    power_32,
     power_of_two,
 )
 from .._typed import compute_zero, item_size, key_value, number, row_frame, shifted_frame, term, widen
@@ -142,14 +141,20 @@ def chunk_max(like, address, stride, size, skip):
 
 
 @device
-def team_largest(v, team):
-    """The largest item of a team's Vectors; where one is NaN, that or another."""
+def thread_largest(v):
+    """The largest item of a Vector; where one is NaN, that or another."""
     a, b = halves(v)
     a2, b2 = halves(at_least(a, b))
     a3, b3 = halves(at_least(a2, b2))
     a4, b4 = halves(at_least(a3, b3))
     a5, b5 = halves(at_least(a4, b4))
-    best = at_least(a5, b5)
+    return at_least(a5, b5)
+
+
+@device
+def team_largest(v, team):
+    """The largest item of a team's Vectors; where one is NaN, that or another."""
+    best = thread_largest(v)
     for shift in (1, 2, 3, 4, 5):
         best = at_least(butterfly(best, team >> shift), best)  # with itself where nothing is left of the team
     return best
@@ -168,6 +173,23 @@ def add_step(x, low, m, total, top):
     """Add logits to lanes; the larger of `top` and the bits of their exponent words."""
     total, t = term(x, low, m, total)
     return total, max(top, float_bits(most_bits_of(t)))
+
+
+def thread_high(like, v):
+    """thread_largest of Loads."""
+    return high_16(like, v) if like.itemsize == 2 else thread_largest(v)
+
+
+@overload(thread_high)
+def _thread_high(like, v):
+    if like.bitwidth == 16:
+        return lambda like, v: high_16(like, v)
+    return lambda like, v: thread_largest(v)
+
+
+@device
+def high_16(like, v):
+    return larger_of_pair(like, largest_pair(like, v, pair_above(like, -INF)))
 
 
 def largest_of(like, v, team):
@@ -204,31 +226,36 @@ def _clip_of(like, low):
     return lambda like, low: pair_above(like, low) if abs(low) <= CLIP_LIMIT else np.int32(0)
 
 
+def clipped(like, v, clip, low):
+    """The logits of Loads, none below `low`; by clip_of."""
+    return widened(like, pairs_above(like, v, clip)) if like.itemsize == 2 else at_least(v, low)
+
+
+@overload(clipped)
+def _clipped(like, v, clip, low):
+    if like.bitwidth == 16:
+        return lambda like, v, clip, low: widened(like, pairs_above(like, v, clip))
+    return lambda like, v, clip, low: at_least(v, low)
+
+
 def first_terms(like, v, low, clip, m):
     """The terms of Loads after the butterfly's first level. A product with a power of two is exact (where it matters),
     so that a multiply-add takes the product and the sum in one."""
-    return {2: first_terms_16, 4: first_terms_32, 8: first_terms_64}[like.itemsize](like, v, low, clip, m)
+    if isinstance(like, float):
+        return add_halves(term(v, low, m, zeros(like))[0])
+    return first_products(clipped_power_32(clipped(like, v, clip, low), m, ONE))
 
 
 @overload(first_terms)
 def _first_terms(like, v, low, clip, m):
-    function = {16: first_terms_16, 32: first_terms_32, 64: first_terms_64}[like.bitwidth]
-    return lambda like, v, low, clip, m: function(like, v, low, clip, m)
+    if like == types.float64:
+        return lambda like, v, low, clip, m: add_halves(term(v, low, m, zeros(like))[0])
+    return lambda like, v, low, clip, m: first_products(clipped_power_32(clipped(like, v, clip, low), m, ONE))
 
 
 @device
-def first_terms_16(like, v, low, clip, m):
-    return first_products(clipped_power_32(widened(like, pairs_above(like, v, clip)), m, ONE))
-
-
-@device
-def first_terms_32(like, v, low, clip, m):
-    return first_products(power_32(v, low, m, ONE))
-
-
-@device
-def first_terms_64(like, v, low, clip, m):
-    first, second = halves(term(v, low, m, zeros(like))[0])
+def add_halves(v):
+    first, second = halves(v)
     return first + second
 
 
@@ -250,8 +277,7 @@ def round_sum(like, address, stride, size, skip, team):
     if shift == compute_zero(like) and clip != 0:
         total = first_terms(like, v, low, clip, m)
     else:
-        first, second = halves(term(widened(like, v) - shift, low, m, zeros(like))[0])
-        total = first + second
+        total = add_halves(term(widened(like, v) - shift, low, m, zeros(like))[0])
     return fold_lanes(like, total, team), c
 
 
@@ -390,17 +416,6 @@ def guess_after(c):
 
 
 @device
-def thread_largest(v):
-    """The largest item of a Vector; where one is NaN, that or another."""
-    a, b = halves(v)
-    a2, b2 = halves(at_least(a, b))
-    a3, b3 = halves(at_least(a2, b2))
-    a4, b4 = halves(at_least(a3, b3))
-    a5, b5 = halves(at_least(a4, b4))
-    return at_least(a5, b5)
-
-
-@device
 def chunk_rank(like, address, stride, size, x):
     """The number of logits of a chunk that are larger than x."""
     base, begin = first_position(like, address, stride)
@@ -408,20 +423,3 @@ def chunk_rank(like, address, stride, size, x):
     for p in range(np.int32(0), end, np.int32(LANES)):
         larger += count_larger(load_step(like, base, stride, p, begin, end, np.int32(-1), WARP), x)
     return warp_sum(larger)
-
-
-def thread_high(like, v):
-    """thread_largest of Loads."""
-    return high_16(like, v) if like.itemsize == 2 else thread_largest(v)
-
-
-@overload(thread_high)
-def _thread_high(like, v):
-    if like.bitwidth == 16:
-        return lambda like, v: high_16(like, v)
-    return lambda like, v: thread_largest(v)
-
-
-@device
-def high_16(like, v):
-    return larger_of_pair(like, largest_pair(like, v, pair_above(like, -INF)))

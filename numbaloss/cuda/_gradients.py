@@ -48,8 +48,8 @@ def team_for(items, classes, most):
 def row_sum(like, rows, notes, room, tasks, ring, capacity):
     """(s, c) of the whole row notes[w, :2] = (address, label), for each warp w, but for the label's class, for every
     thread of its team: its chunks, left to right, by sum_chunks, for which each warp has `tasks`, (3, TASKS) float64,
-    and a ring. A team has no more warps than the row has chunks. notes[w, 2] is the target's logit afterwards, which
-    the copies do not wait for, and notes[w, 4] holds a number meanwhile."""
+    and a ring. A team has TEAM warps, or none of them more than TASKS chunks: see team_for. notes[w, 2] is the target's
+    logit afterwards, which the copies do not wait for, and notes[w, 4] holds a number meanwhile."""
     lane, classes, first = np.int32(cuda.laneid), rows[5], np.int32(0)
     while np.int64(first) * CHUNK < classes:
         count, k = parts_from(first, classes)

@@ -33,6 +33,7 @@ from ._chunks import (
     add_step,
     chunk_sum,
     clip_of,
+    clipped,
     first_position,
     fold_lanes,
     guess_after,
@@ -276,7 +277,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
                 else:
                     v = load_ring(like, where)
                     high = thread_high(like, v)
-                    if high > best or (high != high and best == best):
+                    if exceeds(high, best):
                         best, place = high, p
                     x = clipped(like, v, clip, low)
                     if ranked != 0:
@@ -291,7 +292,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             if end > CHUNK:
                 total, t = add_late(like, late, low, m, total)
                 top = max(top, float_bits(t))
-                if late > best or (late != late and best == best):
+                if exceeds(late, best):
                     best, place = late, np.int32(CHUNK)
                 larger = np.int32(larger + (late > target))
             if ranked is not None:
@@ -303,6 +304,12 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
         cuda.syncwarp()
         i = np.int32(i + 1)
     sum_apart(like, stride, size, room, ring, capacity, ahead, ranked)
+
+
+@device
+def exceeds(x, best):
+    """Whether x is larger; NaN is than all but NaN."""
+    return x > best or (x != x and best == best)
 
 
 @device
@@ -320,18 +327,6 @@ def put_scores(like, room, i, best, place, larger, clip, low, target, ranked):
     cuda.syncwarp()  # all have read the target
     if cuda.laneid == 0:
         room[3, i], room[4, i] = bits_float(np.int64(highest) << 32 | np.int64(first)), np.float64(count)
-
-
-def clipped(like, v, clip, low):
-    """The logits of Loads, none below `low`."""
-    return widened(like, pairs_above(like, v, clip)) if like.itemsize == 2 else at_least(v, low)
-
-
-@overload(clipped)
-def _clipped(like, v, clip, low):
-    if like.bitwidth == 16:
-        return lambda like, v, clip, low: widened(like, pairs_above(like, v, clip))
-    return lambda like, v, clip, low: at_least(v, low)
 
 
 @device

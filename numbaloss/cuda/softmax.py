@@ -66,7 +66,7 @@ from ._stream import start_chunks, sum_chunks, thread_ring
 NARROW = 128  # classes up to which a row is a thread's
 THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
-SCORE_SHARED = RING + 5 * 32 * 8  # the same where it scores
+SCORE_SHARED = RING + 5 * 32 * 8  # the same where it scores: 16 warps fill 228 KB
 NOTE = 7  # numbers that a warp which writes gradients keeps of its row
 GRAD_SHARED = (3 * PARTS + TEAM * (3 * TASKS + NOTE)) * 8  # bytes of shared memory of its block beside the rings
 
@@ -107,6 +107,16 @@ def loss_of(like, s, c, x):
     return number(like, target_loss(others_to_target(s, c, x, full), s, c, x, full))
 
 
+@device
+def loss_and_lse(like, s, c, x):
+    """The loss of a target whose logit is x, the others summing to s * e^c, in float64, and the logarithm of the whole
+    sum as it is stored; NaN and anything for a row without a softmax."""
+    full = item_size(like) == 8
+    u = others_to_target(s, c, x, full)
+    loss = target_loss(u, s, c, x, full)
+    return loss, number(like, target_lse(u, s, c, x, loss, full))
+
+
 # -- sparse labels -----------------------------------------------------------------------------------------------
 
 
@@ -117,17 +127,8 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     team, chunks = round_team(like, rows), -(-rows[5] // CHUNK)
     if team:
         blocks, group = warps_for(items, 1, resident(_short_sparse_xent.of(like), loss), 32 // team)
-        return launch(
-            _short_sparse_xent.of(like),
-            blocks,
-            32,
-            loss,
-            items,
-            group,
-            TEAM_TYPES[team](team),
-            *arguments,
-            address(loss),
-        )
+        rows_of_warp = items, group, TEAM_TYPES[team](team)
+        return launch(_short_sparse_xent.of(like), blocks, 32, loss, *rows_of_warp, *arguments, address(loss))
     most = resident(_sparse_xent.of(like), loss)
     blocks, group = rows_of_warps(items, chunks, most)
     if group:
@@ -536,10 +537,8 @@ def _narrow_score(items, pitch, like, rows, labels, weights, ignore_index, logpr
             room[at + y] = low
             s, c = few_sum(like, room, at, count, few_max(like, room, at, count), to)
             room[at + y] = target
-            x = np.float64(target)
-            u = others_to_target(s, c, x, full)
-            loss = target_loss(u, s, c, x, full)
-            value, row_lse = number(like, 0.0 - loss), number(like, target_lse(u, s, c, x, loss, full))
+            loss, row_lse = loss_and_lse(like, s, c, np.float64(target))
+            value = number(like, 0.0 - loss)
             largest, where, others = few_largest(like, room, at, count)
             if loss != loss:  # a row that is all -inf or holds +inf or NaN
                 nan = few_nan(room, at, count)
@@ -614,7 +613,6 @@ def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, 
 def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank):
     """A team takes a row, from memory once and then from the caches."""
     room = cuda.shared.array((3, PARTS), types.float64)
-    full = item_size(like) == 8
     r, warp, _ = team_of(rows[5])
     if r >= items:
         return
@@ -627,10 +625,7 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
         return
     target = widen(load(like, address + y * class_stride(like, rows)))
     s, c, largest, where, larger = score_row(like, rows, address, y, target, rank != 0, room)
-    x = np.float64(target)
-    u = others_to_target(s, c, x, full)
-    loss = target_loss(u, s, c, x, full)
-    row_lse = number(like, target_lse(u, s, c, x, loss, full))
+    loss, row_lse = loss_and_lse(like, s, c, np.float64(target))
     if loss != loss:  # a row that is all -inf or holds +inf or NaN
         nan = first_nan(like, rows, address, room)
         where = nan if nan >= 0 else where
@@ -673,7 +668,7 @@ def row_scores(like, rows, first, size, chunks, labels, weights, ignore_index, r
     """Writes the scores of row first + i, a thread a row, from what _stream_score has in room[:, i * chunks] and so on.
     Gives (target, its logit, where a round begins that holds the largest other logit first, or -1 if the target is the
     only largest; that logit; how many are larger, or -1 if they are to be counted)."""
-    zero, full, r = compute_zero(like), False, first + cuda.laneid
+    zero, r = compute_zero(like), first + cuda.laneid
     y, start, larger, x, value = np.int64(-1), np.int64(-1), np.int64(0), zero, zero
     if cuda.laneid < size:
         i, key = np.int32(cuda.laneid * chunks), np.int64(-0x80000000)
@@ -691,9 +686,7 @@ def row_scores(like, rows, first, size, chunks, labels, weights, ignore_index, r
                 larger = np.int64(-1) if larger < 0 or part < 0 else larger + part
             value = key_value(zero, np.int32(key))
             s, c = join_few(room, i, np.int32(i + chunks))
-            u = others_to_target(s, c, np.float64(x), full)
-            loss = target_loss(u, s, c, np.float64(x), full)
-            row_lse = number(like, target_lse(u, s, c, np.float64(x), loss, full))
+            loss, row_lse = loss_and_lse(like, s, c, np.float64(x))
             if loss != loss:  # a row that is all -inf or holds +inf or NaN
                 row_lse = at_least(value, x)
             if x > value or (x != x and value == value):
