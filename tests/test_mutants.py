@@ -252,8 +252,8 @@ MUTANTS = {
     ),
     "CUDA: a class too few in the ninth round": (
         "cuda/_stream.py",
-        "    if end > CHUNK:",
-        "    if end > CHUNK + 1:",
+        "room, i)[1] > CHUNK:",
+        "room, i)[1] > CHUNK + 1:",
         "test_cuda.py::test_unaligned_rows[bfloat16-1]",
     ),
     "CUDA: the target stays in the sum": (

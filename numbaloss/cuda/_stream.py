@@ -16,6 +16,7 @@ from .._scalar import (
     INV_LOG2E,
     LANES,
     LOG2E,
+    MAGIC,
     ONE,
     ZERO,
     clipped_term_32,
@@ -218,18 +219,43 @@ def add_late(like, late, low, m, total):
 
 
 @device
+def guess_from(room, i):
+    """The reference exponent to try for chunk i after the one before it, if that has been summed and has one."""
+    guess = NO_GUESS
+    if i > 0 and float_bits(room[2, i - 1]) == 0:
+        guess = guess_after(room[1, i - 1])
+    return guess if abs(guess) <= EXP_LIMIT else NO_GUESS
+
+
+@device
+def chunk_in(like, stride, room, i):
+    """(position where chunk i begins, where it ends, that of the class to skip), read again: see guess_from."""
+    k = np.int32(anew(np.int64(i)))
+    classes, begin = np.int32(float_bits(room[2, k])), first_position(like, float_bits(room[0, k]), stride)[1]
+    return begin, np.int32(begin + classes), skip_position(float_bits(room[1, k]), classes, begin)
+
+
+@device
 def sum_apart(like, stride, size, room, ring, capacity, ahead, ranked):
     """sum_chunks of what is not copied ahead, or was not summed so: the chunks with any classes."""
-    guess, i = NO_GUESS, np.int32(0)
-    while i < size:  # range() would hold a register more
+    i = first_left(size, room)
+    while i < size:
         address, skip, classes = float_bits(room[0, i]), float_bits(room[1, i]), np.int32(float_bits(room[2, i]))
-        if classes > 0:
-            s, c = 0.0, -np.inf
-            if address != 0:
-                s, c = chunk_sum(like, address, stride, classes, skip, guess)
-                guess = guess_after(c)
-            put_sum(room, i, s, c)
+        s, c = 0.0, -np.inf
+        if address != 0:
+            s, c = chunk_sum(like, address, stride, classes, skip, guess_from(room, i))
+        put_sum(room, first_left(size, room), s, c)
+        cuda.syncwarp()
+        i = first_left(size, room)
+
+
+@device
+def first_left(size, room):
+    """The first chunk with classes, found anew: registers are for the sum."""
+    i = np.int32(0)
+    while i < size and float_bits(room[2, i]) == 0:
         i = np.int32(i + 1)
+    return i
 
 
 @device
@@ -249,14 +275,10 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
     task, at, left, where = ahead
     i = np.int32(0)
     while i < size:
-        address, classes = float_bits(room[0, i]), np.int32(float_bits(room[2, i]))
-        if address != 0:
-            begin = first_position(like, address, stride)[1]
-            end, skip = np.int32(begin + classes), skip_position(float_bits(room[1, i]), classes, begin)
-            late = late_logit(like, address, end, begin, skip)
-            ref = NO_GUESS
-            if i > 0 and float_bits(room[2, i - 1]) == 0:
-                ref = guess_after(room[1, i - 1])
+        if float_bits(room[0, i]) != 0:
+            begin, end, skip = chunk_in(like, stride, room, i)
+            late = late_logit(like, float_bits(room[0, i]), end, begin, skip)
+            ref = guess_from(room, i)
             if ref != ref:
                 await_oldest(like, capacity)
                 hide_in_ring(like, where, np.int32(0), begin, skip)
@@ -270,6 +292,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             while p < last:
                 await_oldest(like, capacity)
                 if p == apart:
+                    begin, end, skip = chunk_in(like, stride, room, i)
                     hide_in_ring(like, where, p, begin, skip)
                     apart = np.int32(skip & -LANES)
                 if ranked is None:
@@ -289,7 +312,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
                 top = exponent_word(like, top, low, m)
             else:
                 top = float_bits(fma(at_least(best, low), LOG2E, m))
-            if end > CHUNK:
+            if chunk_in(like, stride, room, i)[1] > CHUNK:
                 total, t = add_late(like, late, low, m, total)
                 top = max(top, float_bits(t))
                 if exceeds(late, best):
@@ -298,6 +321,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             if ranked is not None:
                 put_scores(like, room, i, best, place, larger, clip, low, target, ranked)
             s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
+            ref = BIAS - (m - MAGIC)  # as it was: registers are for the sum
             if clip != 0 and 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 k = np.int32(anew(np.int64(i)))  # or a place in room is held all through the sum
                 put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
