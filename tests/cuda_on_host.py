@@ -187,12 +187,16 @@ ON_DEVICE = a_device_is_there()
 # -- twins of the intrinsics: a Vector is a NumPy array of its width ---------------------------------------------
 
 
+_DTYPES = {kind: np.dtype(kind) for kind in (np.int16, np.uint16, np.int32, np.int64, np.float32, np.float64, float)}
+_PER_LOAD = {kind: 16 // dtype.itemsize for kind, dtype in _DTYPES.items()}
+
+
 def dtype_of(like):
-    return np.dtype(type(like))
+    return _DTYPES.get(type(like)) or np.dtype(type(like))
 
 
 def per_load(like):
-    return 16 // dtype_of(like).itemsize
+    return _PER_LOAD[type(like)]
 
 
 _WIDEN = {

@@ -4,7 +4,6 @@ Numba and NVVM write PTX, ptxas makes machine code of it and tells what that nee
 numbers are those of CUDA 13.0; another release may allocate registers differently.
 """
 
-import contextlib
 import hashlib
 import inspect
 import os
@@ -24,6 +23,7 @@ from unittest import mock
 import pytest
 from numba import types
 
+fcntl = pytest.importorskip("fcntl", reason="there is one on Linux")
 pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 pathfinder = pytest.importorskip("cuda.pathfinder", reason="cuda-pathfinder is not installed")
@@ -158,51 +158,49 @@ def on_disk(function):
     @cache
     @wraps(function)
     def find(*args, **more):
-        of = [(*x[:3], x.signature, x.bounds) if isinstance(x, Case) else x for x in args]
-        name = hashlib.sha256(repr((function.__name__, of, more)).encode()).hexdigest()[:16]
+        name = hashlib.sha256(repr((function.__name__, args, more)).encode()).hexdigest()[:16]
         path = Path(os.environ["NUMBA_CACHE_DIR"], f"sass-{stamp}-{name}")
-        with contextlib.suppress(OSError):
-            return pickle.loads(zlib.decompress(path.read_bytes()))
-        result = function(*args, **more)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}")
-        part.write_bytes(zlib.compress(pickle.dumps(result), 1))
-        part.replace(path)
-        return result
+        with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be at it
+            file.seek(0)
+            try:
+                return pickle.loads(zlib.decompress(file.read()))
+            except zlib.error:  # new, or a process was killed
+                result = function(*args, **more)
+                file.truncate(0)
+                file.write(zlib.compress(pickle.dumps(result), 1))
+                return result
 
     return find
 
 
-@on_disk
-def nvvm_modules(case):
-    """What Numba gives to NVVM, (modules, options): only `arch` depends on the architecture."""
+@cache
+def nvvm_modules(*cases):
+    """What Numba gives to NVVM, (modules, options): only `arch` depends on the architecture. Names in it have numbers
+    that are other ones each time."""
     given = []
 
     def keep(modules, **options):
-        given.append((list(modules), options))
+        given.append((modules, options))
         return b""
 
     device = mock.Mock(return_value=SimpleNamespace(compute_capability=(9, 0)))  # which device functions ask for
     with mock.patch("numba.cuda.dispatcher.get_current_device", device), mock.patch.object(nvvm, "compile_ir", keep):
-        options = {"device": False, "abi": "numba", "cc": (9, 0), "launch_bounds": case.bounds}
-        _launch.cuda.compile(case.function, case.signature, **options)
-    return given[0]
+        for case in cases:
+            options = {"device": False, "abi": "numba", "cc": (9, 0), "launch_bounds": case.bounds}
+            _launch.cuda.compile(case.function, case.signature, **options)
+    return list(dict.fromkeys(module for modules, _ in given for module in modules)), given[0][1]
 
 
-def ptx_of(case, arch, **more):
+def ptx_by(modules, options, arch, **more):
     """PTX; `more` are options of NVVM."""
-    modules, options = nvvm_modules(case)
     options = options | {"arch": arch.replace("sm_", "compute_")} | more
     return nvvm.compile_ir(modules, **options).decode().strip("\0\n ")
 
 
-def joined(ptxs):
-    """One module of many: ptxas and nvdisasm take long to start, and make the same of each kernel."""
-    parts = [re.sub(r"\b_cudapy_smem_", f"smem_{k}_", ptx) for k, ptx in enumerate(ptxs)]  # shared arrays of one kernel
-    bodies = [part.split(".address_size 64\n")[1] for part in parts]
-    common = dict.fromkeys(line for body in bodies for line in body.splitlines() if line.startswith(".common "))
-    bodies = [re.sub(r"(?m)^\.common .*\n", "", body) for body in bodies]
-    return "\n".join([parts[0].split(".address_size")[0], ".address_size 64", *common, *bodies])
+def ptx_of(case, arch, **more):
+    return ptx_by(*nvvm_modules(case), arch, **more)
 
 
 def assemble(ptx):
@@ -216,8 +214,10 @@ def assemble(ptx):
         return cubin.read_bytes(), run.stderr
 
 
-def entry_of(ptx):
-    return re.search(r"\.visible \.entry (\w+)\(", ptx)[1]
+def entries(ptx):
+    """{entry: its part of a PTX}."""
+    parts = ptx.split(".visible .entry ")[1:]
+    return {part.partition("(")[0]: part for part in parts}
 
 
 def sections(cubin):
@@ -238,30 +238,32 @@ class Code(NamedTuple):
 
 
 @on_disk
-def one_ptx(dtype, arch, layout, name, **more):
-    (case,) = cases(dtype, (name,), (layout,))
-    return ptx_of(case, arch, **more)
+def modules_of(dtype, layout):
+    return nvvm_modules(*cases(dtype, layouts=(layout,)))
+
+
+@on_disk
+def whole_ptx(dtype, arch, layout, **more):
+    return ptx_by(*modules_of(dtype, layout), arch, **more)
 
 
 @on_disk
 def machine_code(dtype, arch, layout="close", **more):
     """{kernel: Code} of every kernel that takes this dtype; `more` are options of NVVM."""
+    ptx = whole_ptx(dtype, "sm_90" if arch == "sm_80" else arch, layout, **more)  # see test_ptx_before_blackwell
     names = [case.name for case in cases(dtype, layouts=(layout,))]
-    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":  # two processes that need the same meet in the middle
-        names.reverse()
-    known = "sm_90" if arch == "sm_80" else arch  # see test_ptx_before_blackwell
-    ptxs = {name: one_ptx(dtype, known, layout, name, **more) for name in names}
-    if arch != known:
-        ptxs = {name: for_arch(ptx, arch, blocks_on(arch, name, dtype)) for name, ptx in ptxs.items()}
-    cubin, log = assemble(joined(ptxs[name] for name in sorted(ptxs)))
-    code = sections(cubin)
+    of = dict(zip(names, entries(ptx), strict=True))  # in the order in which they were given
+    assert [name for name, entry in of.items() if f"{name.split()[0]}B" not in entry] == []
+    if arch == "sm_80":
+        ptx = ptx.replace(".target sm_90", ".target sm_80")
+        for name, entry in of.items():
+            bound = rf"(\.entry {entry}\([^{{]*\.minnctapersm) \d+"
+            ptx = re.sub(bound, rf"\1 {blocks_on(arch, name, dtype)}", ptx, count=1)
+    cubin, log = assemble(ptx)
+    parts, code = entries(ptx), sections(cubin)
     said = re.findall(r"Function properties for (\w+)\n\s*(.*)\n(.*)", log)
-    of = {name: (stack, int((re.findall(r"(\d+) bytes smem", use) or [0])[0])) for name, stack, use in said}
-    return {name: Code(ptx, code[entry_of(ptx)], *of[entry_of(ptx)]) for name, ptx in ptxs.items()}
-
-
-def for_arch(ptx, arch, blocks):
-    return re.sub(r"(\.minnctapersm) \d+", rf"\1 {blocks}", re.sub(r"\.target sm_\d+", f".target {arch}", ptx))
+    use = {entry: (stack, int((re.findall(r"(\d+) bytes smem", more) or [0])[0])) for entry, stack, more in said}
+    return {name: Code(parts[entry], code[entry], *use[entry]) for name, entry in of.items()}
 
 
 def instructions(text):
@@ -388,7 +390,7 @@ def test_ptx_before_blackwell(dtype, names):
 
 
 def test_a_kernel_among_others():
-    """It is the same alone: `joined` changes nothing."""
+    """It is the same alone."""
     (case,) = cases("float32", ("_score",))
     (alone,) = sections(assemble(ptx_of(case, "sm_90"))[0]).values()
     assert opcodes_of(machine_code("float32", "sm_90")["_score"].text) == opcodes_of(alone)
@@ -528,5 +530,5 @@ def test_a_contraction_would_be_seen():
     default, rounded = ptx_of(case, "sm_90"), ptx_of(case, "sm_90", fma=0)
     assert [len(FUSED.findall(ptx)) for ptx in (default, rounded)] == [1, 0]
     left_to_ptxas = rounded.replace("mul.rn", "mul").replace("add.rn", "add")
-    codes = [opcodes_of(sections(assemble(ptx)[0])[entry_of(ptx)]) for ptx in (rounded, left_to_ptxas)]
+    codes = [opcodes_of(*sections(assemble(ptx)[0]).values()) for ptx in (rounded, left_to_ptxas)]
     assert [opcodes.count("FFMA") for opcodes in codes] == [0, 1]
