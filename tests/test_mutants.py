@@ -184,6 +184,18 @@ MUTANTS = {
         "where = where + 0",
         "test_cuda.py::test_scores_in_a_stream[bfloat16-9001-3]",
     ),
+    "CUDA: the chunk with the last of the largest logits is summed without it": (
+        "cuda/_sums.py",
+        "np.int64(31 - cuda.laneid)  #",
+        "np.int64(cuda.laneid)  #",
+        "test_cuda.py::test_equal_logits[8200-float32]",
+    ),
+    "CUDA: the largest logit stays in the sum": (
+        "cuda/_sums.py",
+        "bits_float(where - begin)",
+        "bits_float(where - begin - CHUNK)",
+        "test_cuda.py::test_equal_logits[8200-bfloat16]",
+    ),
     "CUDA: no gradient for the ninth round": (
         "cuda/_gradients.py",
         "        if i < begin and at < classes:",

@@ -4,6 +4,8 @@
 numbers. What these functions give, they give to every thread of the team.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from numba import types
 from numba.extending import overload
@@ -30,6 +32,40 @@ from ._operands import item_place
 
 PARTS = 64  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
+THREADS = 32 * TEAMS
+
+
+def teams(items, classes, warps=TEAMS):
+    """(blocks, threads) for a team a row, of at most `warps` for a row of more than one chunk."""
+    if classes <= CHUNK:
+        return -(-items // TEAMS), THREADS
+    return items, 32 * min(warps, -(-classes // CHUNK))
+
+
+def warps_for(items, chunks, most, at_once=1):
+    """(blocks of a warp, rows of each): whole waves of `most` warps that have equally much to do, in chunks about
+    32."""
+    waves = max(1, -(-items * chunks // (32 * most)))
+    group = max(at_once, -(-items // (waves * most)))
+    return -(-items // group), group
+
+
+@lru_cache(256)  # half a microsecond of each call
+def rows_of_warps(items, chunks, most, times=1):
+    """warps_for rows that a warp sums whole, of up to 32 chunks; (0, 0) where chunks that are shared out evenly, each
+    taking so many times as long, would need less time by more than one."""
+    if chunks <= 32:
+        blocks, group = warps_for(items, chunks, most)
+        if group * chunks <= times * warps_for(items * chunks, 1, most)[1] + 1:
+            return blocks, group
+    return 0, 0
+
+
+@device
+def rows_from(done, group, items, at_once):
+    """(first row, number of rows) that a warp sums at once, after it has summed `done` rows."""
+    first = cuda.blockIdx.x * group + done
+    return first, max(np.int64(0), min(at_once, group - done, items - first))
 
 
 @device

@@ -27,8 +27,8 @@ from ._chunks import WARP, first_position, fold_lanes
 from ._launch import cuda, device, kept, kernel, launch
 from ._memory import fold_loads, halves, join, load, load_once, store, store_once, zeros
 from ._operands import address, operand, weight_at, with_known_stride
-from ._rows import PARTS, class_stride, leave_largest_out, row_address, team_of
-from .softmax import THREADS, teams
+from ._rows import PARTS, THREADS, class_stride, row_address, team_of, teams
+from ._sums import load_sums, row_sums
 
 AT_ONCE = 2  # items of a Vector that are in work at the same time, as registers allow
 
@@ -53,38 +53,12 @@ def known_alike(like, rows_p, rows_q):
 
 
 def two_sums(items, like, rows_p, rows_q, weights, out):
-    """sums[r] = (largest, u, log1p_u) of row r of the one and of the other logits, where the row has a weight. In a
-    kernel of its own: it takes twice the registers of what comes after it."""
+    """sums[r] = what row_sums has of row r of the one and of the other logits. In kernels of their own: they take twice
+    the registers of what comes after them."""
     sums = kept(cupy.empty((items, 2, 3)))
-    blocks, threads = teams(2 * items, rows_p[5])
-    launch(_two_sums.of(like), blocks, threads, out, items, like, rows_p, rows_q, operand(weights), address(sums))
+    for i, rows in enumerate((rows_p, rows_q)):
+        row_sums(items, like, rows, operand(weights), 0, address(sums) + 24 * i, 48, out)
     return sums
-
-
-@kernel(THREADS, 3, 3, 2)
-def _two_sums(items, like, rows_p, rows_q, weights, sums):
-    """A team takes a row of one of the arrays, its neighbour that of the other."""
-    room = cuda.shared.array((3, PARTS), types.float64)
-    number_of_team, warp, _ = team_of(rows_p[5])
-    r, rows = number_of_team >> 1, rows_p
-    if number_of_team & 1:
-        rows = rows_q
-    if r >= items or weight_at(weights, r) == 0.0:
-        return
-    largest, _, u, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
-    if warp == 0 and cuda.laneid == 0:
-        at = sums + number_of_team * 24
-        store(at, np.float64(largest))
-        store(at + 8, u)
-        store(at + 16, log1p_u)
-
-
-@device
-def load_sums(like, sums, r):
-    """What _two_sums has of rows r."""
-    at = sums + r * 48
-    p = number(like, load(0.0, at)), load(0.0, at + 8), load(0.0, at + 16)
-    return p, (number(like, load(0.0, at + 24)), load(0.0, at + 32), load(0.0, at + 40))
 
 
 @kernel(THREADS, 4, 4, 3)
@@ -100,7 +74,7 @@ def _divergence(items, like, rows_p, rows_q, weights, sums, kl, reverse, js):
         put(like, reverse, r, 0.0, first)
         put(like, js, r, 0.0, first)
         return
-    p, q = load_sums(like, sums, r)
+    p, q = load_sums(like, sums + r * 48), load_sums(like, sums + r * 48 + 24)
     frame = two_frames(p, q, 0.0)
     if kl != 0:
         change, total = row_totals(change_term, kl_term, like, rows_p, rows_q, r, frame, room)
@@ -255,7 +229,7 @@ def _kl_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, gr
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean, factor_p, factor_q, looked_at = 0.0, 0.0, zero, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p, q = load_sums(like, sums, r)
+        p, q = load_sums(like, sums + r * 48), load_sums(like, sums + r * 48 + 24)
         frame = two_frames(p, q, 0.0)
         change, total = row_totals(change_term, kl_term, like, rows_p, rows_q, r, frame, room)
         value = settled(total, change, 0.5, frame[0])
@@ -296,7 +270,7 @@ def _js_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, gr
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean_p, mean_q, factor, looked_at = 0.0, 0.0, 0.0, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p, q = load_sums(like, sums, r)
+        p, q = load_sums(like, sums + r * 48), load_sums(like, sums + r * 48 + 24)
         frame = two_frames(p, q, 0.0)
         change, total = row_totals(change_term, js_term, like, rows_p, rows_q, r, frame, room)
         value = min(settled(total, change, 0.125, frame[0]), LN2)

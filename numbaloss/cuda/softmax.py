@@ -4,8 +4,6 @@ The function of each name plans, turns arrays into integers and launches the ker
 of logits, `items` that of rows. Kernels return nothing: where the CPU's count labels out of range, these give 0.
 """
 
-from functools import lru_cache
-
 import cupy
 import numpy as np
 from numba import types
@@ -48,7 +46,7 @@ from ._memory import (
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
-    TEAMS,
+    THREADS,
     class_stride,
     first_nan,
     join_few,
@@ -58,24 +56,20 @@ from ._rows import (
     row_address,
     row_moments,
     row_rank,
+    rows_from,
+    rows_of_warps,
     score_row,
     team_of,
+    teams,
+    warps_for,
 )
 from ._stream import start_chunks, sum_chunks, thread_ring
+from ._sums import SCORE_SHARED, load_sums, row_sums, streams
 
 NARROW = 128  # classes up to which a row is a thread's
-THREADS = 32 * TEAMS
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
-SCORE_SHARED = RING + 5 * 32 * 8  # the same where it scores: 16 warps fill 228 KB
 NOTE = 7  # numbers that a warp which writes gradients keeps of its row
 GRAD_SHARED = (3 * PARTS + TEAM * (3 * TASKS + NOTE)) * 8  # bytes of shared memory of its block beside the rings
-
-
-def teams(items, classes, warps=TEAMS):
-    """(blocks, threads) for a team a row, of at most `warps` for a row of more than one chunk."""
-    if classes <= CHUNK:
-        return -(-items // TEAMS), THREADS
-    return items, 32 * min(warps, -(-classes // CHUNK))
 
 
 def round_team(like, rows):
@@ -138,25 +132,6 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     parts, chunks_of_warp = kept(cupy.empty((items * chunks, 2))), (items * chunks, parts_each, chunks)
     launch(_chunk_sums.of(like), more_blocks, 32, loss, *chunks_of_warp, *arguments, address(parts))
     return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
-
-
-def warps_for(items, chunks, most, at_once=1):
-    """(blocks of a warp, rows of each): whole waves of `most` warps that have equally much to do, in chunks about
-    32."""
-    waves = max(1, -(-items * chunks // (32 * most)))
-    group = max(at_once, -(-items // (waves * most)))
-    return -(-items // group), group
-
-
-@lru_cache(256)  # half a microsecond of each call
-def rows_of_warps(items, chunks, most, times=1):
-    """warps_for rows that a warp sums whole, of up to 32 chunks; (0, 0) where chunks that are shared out evenly, each
-    taking so many times as long, would need less time by more than one."""
-    if chunks <= 32:
-        blocks, group = warps_for(items, chunks, most)
-        if group * chunks <= times * warps_for(items * chunks, 1, most)[1] + 1:
-            return blocks, group
-    return 0, 0
 
 
 @device
@@ -254,13 +229,6 @@ def _sparse_xent(items, group, chunks, at_once, like, rows, labels, weights, ign
         first, size = rows_from(done, group, items, at_once)
         finish(like, loss, first, size, chunks, room)
         done += at_once
-
-
-@device
-def rows_from(done, group, items, at_once):
-    """(first row, number of rows) that a warp sums at once, after it has summed `done` rows."""
-    first = cuda.blockIdx.x * group + done
-    return first, max(np.int64(0), min(at_once, group - done, items - first))
 
 
 @kernel(32, 16, 16, 8, shared=STREAM_SHARED)
@@ -599,7 +567,7 @@ def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, 
     fields = (address(x) for x in (logprob, lse, argmax, rank))
     arguments = like, rows, operand(labels), operand(weights), ignore_index, *fields
     blocks, group = rows_of_warps(items, chunks, resident(_stream_score.of(like), logprob), 2)
-    if group and rows[5] > LANES and like.itemsize < 8 and type(rows[4]) is np.int32:
+    if group and streams(like, rows, LANES):
         launch(_stream_score.of(like), blocks, 32, logprob, items, group, chunks, 32 // chunks, *arguments)
     else:
         launch(_score.of(like), *teams(items, rows[5]), logprob, items, *arguments)
@@ -745,50 +713,36 @@ def _entropy(items, like, rows, logprob, lse, argmax, entropy):
         store(entropy + r * size, number(like, value))
 
 
-@device
-def plain_lse(like, rows, address, room):
-    """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
-    largest, _, _, log1p_u = leave_largest_out(like, rows, address, room)
-    if log1p_u == log1p_u:
-        return np.float64(largest) + log1p_u
-    return np.nan if first_nan(like, rows, address, room) >= 0 else np.float64(largest)
-
-
 def logsumexp(work, items, like, rows, lse):
     """lse[r] = log(sum(exp(row r)))."""
     if rows[5] <= NARROW:
         return narrow_logsumexp(items, like, rows, lse)
-    rows = with_known_stride(like, rows)
-    return launch(_logsumexp.of(like), *teams(items, rows[5]), lse, items, like, rows, address(lse))
-
-
-@kernel(THREADS)
-def _logsumexp(items, like, rows, lse):
-    """A team takes a row."""
-    room = cuda.shared.array((3, PARTS), types.float64)
-    r, warp, _ = team_of(rows[5])
-    if r < items:
-        value = plain_lse(like, rows, row_address(rows, r), room)
-        if warp == 0 and cuda.laneid == 0:
-            store(lse + r * item_size(compute_zero(like)), number(like, value))
+    return row_sums(items, like, with_known_stride(like, rows), operand(None), address(lse), 0, 0, lse)
 
 
 def normalize(work, items, like, rows, logarithm, out):
     """out[r] = softmax of row r, or its logarithm."""
-    rows = with_known_stride(like, rows)
-    return launch(_normalize.of(like), *teams(items, rows[5]), out, items, like, rows, int(logarithm), address(out))
+    rows, sums = with_known_stride(like, rows), None
+    if streams(like, rows, CHUNK):  # one chunk stays in the caches
+        sums = kept(cupy.empty((items, 3)))
+        row_sums(items, like, rows, operand(None), 0, address(sums), 24, out)
+    arguments = items, like, rows, int(logarithm), address(sums), address(out)
+    return launch(_normalize.of(like), *teams(items, rows[5]), out, *arguments)
 
 
 @kernel(THREADS, 3, 3, 2)
-def _normalize(items, like, rows, logarithm, out):
-    """A team reads a row three times, twice from the caches, and writes it side by side."""
+def _normalize(items, like, rows, logarithm, sums, out):
+    """A team reads a row, once `sums` has what row_sums has of it, or three times, and writes it side by side."""
     room = cuda.shared.array((3, PARTS), types.float64)
     stride, classes, zero = class_stride(like, rows), rows[5], compute_zero(like)
     r, warp, warps = team_of(classes)
     if r >= items:
         return
     address = row_address(rows, r)
-    largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
+    if sums != 0:
+        largest, u, log1p_u = load_sums(like, sums + r * 24)
+    else:
+        largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
     loss = number(like, log1p_u)
     frame = softmax_frame(largest, u, loss)
     base, begin = first_position(like, address, stride)

@@ -1,0 +1,143 @@
+"""Sums of exponentials of whole rows on CUDA, the first of a row's largest logits apart: u, the sum of exp(x - largest)
+over the others, is small where a softmax is nearly 1. A row of weight 0 is not looked at. Results go to the addresses
+`lse`, the logarithms of the sums, and `sums`, what load_sums gives, every `pitch` bytes; either may be 0."""
+
+import numpy as np
+from numba import types
+
+from .._intrinsics import bits_float, float_bits
+from .._scalar import CHUNK, others_to_target, target_loss
+from .._typed import compute_zero, item_size, key_value, number
+from ._chunks import first_position, warp_max
+from ._launch import cuda, device, kernel, launch, resident
+from ._memory import RING, RING_ITEMS, anew, load, store
+from ._operands import weight_at
+from ._rows import (
+    PARTS,
+    THREADS,
+    class_stride,
+    first_nan,
+    join_few,
+    leave_largest_out,
+    round_place,
+    row_address,
+    rows_from,
+    rows_of_warps,
+    team_of,
+    teams,
+)
+from ._stream import start_chunks, sum_apart, sum_chunks, thread_ring
+
+SCORE_SHARED = RING + 5 * 32 * 8  # bytes of shared memory of a warp that sums in a stream and keeps largest logits too
+
+
+def row_sums(items, like, rows, weights, lse, sums, pitch, out):
+    """`rows` by with_known_stride, `weights` an operand; `out` is an array on the device."""
+    arguments, group, chunks = (like, rows, weights, lse, sums, pitch), 0, -(-rows[5] // CHUNK)
+    if streams(like, rows, CHUNK):
+        blocks, group = rows_of_warps(items, chunks, resident(_stream_sums.of(like), out), 2)
+    if group:
+        return launch(_stream_sums.of(like), blocks, 32, out, items, group, chunks, 32 // chunks, *arguments)
+    return launch(_row_sums.of(like), *teams(items, rows[5]), out, items, *arguments)
+
+
+def streams(like, rows, most):
+    """Whether chunks of these rows can be copied ahead, and there are more than `most` classes."""
+    return rows[5] > most and like.itemsize < 8 and type(rows[4]) is np.int32
+
+
+@kernel(THREADS, 3, 3, 2)
+def _row_sums(items, like, rows, weights, lse, sums, pitch):
+    """A team takes a row."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    r, warp, _ = team_of(rows[5])
+    if r >= items or weight_at(weights, r) == 0.0:
+        return
+    address = row_address(rows, r)
+    largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
+    if log1p_u != log1p_u and first_nan(like, rows, address, room) >= 0:
+        largest = number(like, np.nan)
+    if warp == 0 and cuda.laneid == 0:
+        put_sums(like, r, np.float64(largest), u, log1p_u, lse, sums, pitch)
+
+
+@device
+def put_sums(like, r, largest, u, log1p_u, lse, sums, pitch):
+    """Write what is known of row r. An undefined one has a log1p_u of NaN, and for `lse` its largest logit."""
+    if lse != 0:
+        value = largest if log1p_u != log1p_u else largest + log1p_u
+        store(lse + r * item_size(compute_zero(like)), number(like, value))
+    if sums != 0:
+        at = sums + r * pitch
+        store(at, largest)
+        store(at + 8, u)
+        store(at + 16, log1p_u)
+
+
+@device
+def load_sums(like, at):
+    """(largest, u, log(1 + u)) of a row."""
+    return number(like, load(0.0, at)), load(0.0, at + 8), load(0.0, at + 16)
+
+
+@kernel(32, 16, 16, 8, shared=SCORE_SHARED)
+def _stream_sums(items, group, chunks, at_once, like, rows, weights, lse, sums, pitch):
+    """As _row_sums for rows of up to 32 chunks, classes side by side, by warps of their own, as in _sparse_xent: with
+    the sum of a chunk comes its largest logit, and the chunk that holds a row's is summed once more, without it; then
+    thread i finishes row i."""
+    room, lane = cuda.shared.array((5, 32), types.float64), np.int32(cuda.laneid)
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
+    done = np.int64(0)
+    while done < group:
+        first, size = rows_from(done, group, items, at_once)
+        whole_rows(like, rows, first, size, chunks, weights, room)
+        ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
+        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, np.int64(0))
+        done = anew(done)
+        first, size = rows_from(done, group, items, at_once)
+        for k in range(size):
+            if weight_at(weights, first + k) != 0.0:
+                leave_out(like, rows, first + k, np.int32(k * chunks), chunks, room)
+        sum_apart(like, class_stride(like, rows), np.int32(size * chunks), room, ring, RING, None, None)
+        done = anew(done)
+        first, size = rows_from(done, group, items, at_once)
+        if lane < size and weight_at(weights, first + lane) != 0.0:
+            i = np.int32(lane * chunks)
+            s, c = join_few(room, i, np.int32(i + chunks))
+            u = others_to_target(s, c, room[4, i], False)
+            log1p_u = target_loss(u, s, c, room[4, i], False)
+            put_sums(like, first + lane, room[4, i], u, log1p_u, lse, sums, pitch)
+        cuda.syncwarp()
+        done += at_once
+
+
+@device
+def whole_rows(like, rows, first, size, chunks, weights, room):
+    """room[:3, i] of this warp = (address, no class to skip, classes) of the i-th chunk from row `first` on."""
+    i = np.int32(cuda.laneid)
+    if i < size * chunks:
+        row = i // np.int32(chunks)
+        r, begin, address = first + row, np.int64(i - row * np.int32(chunks)) * CHUNK, np.int64(0)
+        if weight_at(weights, r) != 0.0:
+            address = row_address(rows, r) + begin * class_stride(like, rows)
+        room[0, i], room[1, i] = bits_float(address), bits_float(np.int64(-1))
+        room[2, i] = bits_float(min(np.int64(CHUNK), rows[5] - begin))
+    cuda.syncwarp()
+
+
+@device
+def leave_out(like, rows, r, i, chunks, room):
+    """Makes a chunk to sum of that which holds the first of row r's largest logits, without it. The row's chunks are at
+    i, i + 1, ... of the room, as put_scores left them, and the logit goes to room[4, i]."""
+    stride, key = class_stride(like, rows), np.int64(-0x8000000000000000)
+    if cuda.laneid < chunks:
+        key = float_bits(room[3, i + cuda.laneid]) >> 32 << 5 | np.int64(31 - cuda.laneid)  # the first of equal ones
+    key = warp_max(key)
+    k, largest = np.int32(31 - (key & 31)), key_value(compute_zero(like), np.int32(key >> 5))
+    address, begin = row_address(rows, r), np.int64(k) * CHUNK
+    place = (float_bits(room[3, i + k]) & 0xFFFFFFFF) - first_position(like, address, stride)[1]
+    where = round_place(like, rows, address, begin + max(place, np.int64(0)), largest)
+    if cuda.laneid == 0:
+        room[0, i + k], room[1, i + k] = bits_float(address + begin * stride), bits_float(where - begin)
+        room[2, i + k], room[4, i] = bits_float(min(np.int64(CHUNK), rows[5] - begin)), np.float64(largest)
+    cuda.syncwarp()
