@@ -59,7 +59,7 @@ def signatures(like, rows):
     factors = OPERAND, OPERAND, I64, I64, I64  # labels, weights, class_weights, classes, ignore_index
     one, of_each = types.Tuple((I64,) * 5 + (F64, F64, I64)), types.Tuple((like, *[I64] * 6, F64, F64))  # targets
     cap = types.UniTuple(F64 if like == F64 else types.float32, 3)
-    dense_grad = I64, OPERAND, F64, I64, F64, I64, I64, like, rows
+    dense_grad = I64, OPERAND, F64, I64, F64, I64, I64, I64, like, rows
     return {
         "_sparse_xent": (I64, I64, I64, I64, like, rows, *labels, I64),
         "_short_sparse_xent": (I64, I64, types.int32, like, rows, *labels, I64),
@@ -74,11 +74,11 @@ def signatures(like, rows):
         "_stream_score": (I64, I64, I64, I64, like, rows, *labels, I64, I64, I64, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
         "_entropy": (I64, like, rows, I64, I64, I64, I64),
-        "_row_sums": (I64, like, rows, OPERAND, I64, I64, I64),
-        "_stream_sums": (I64, I64, I64, I64, like, rows, OPERAND, I64, I64, I64),
+        "_row_sums": (I64, like, rows, *labels, I64, I64, I64),
+        "_stream_sums": (I64, I64, I64, I64, like, rows, *labels, I64, I64, I64),
         "_normalize": (I64, like, rows, I64, I64, I64),
-        "_dense_xent": (I64, like, rows, of_each, I64, OPERAND, F64, I64),
-        "_dense_xent of one": (I64, like, rows, one, I64, OPERAND, F64, I64),
+        "_dense_xent": (I64, like, rows, of_each, I64, OPERAND, F64, I64, I64),
+        "_dense_xent of one": (I64, like, rows, one, I64, OPERAND, F64, I64, I64),
         "_dense_xent_grad": (I64, like, rows, of_each, *dense_grad),
         "_dense_xent_grad of one": (I64, like, rows, one, *dense_grad),
         "_label_slopes": (I64, like, I64, I64, I64, OPERAND, F64, I64),

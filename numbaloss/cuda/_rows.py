@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import overload
 
 from .._intrinsics import bits_float, float_bits, fma, ordered_bits, select
-from .._scalar import CHUNK, LANES, exp_64, f32, merge_moments, others_to_target, target_loss
+from .._scalar import CHUNK, LANES, exp_64, f32, merge_moments
 from .._typed import compute_zero, item_size, key_value, number, widen
 from ._chunks import (
     ALL,
@@ -234,18 +234,6 @@ def score_row(like, rows, address, skip, target, ranked, room):
     if warps > 1:
         s, c = joined(room)
     return s, c, value, where, team_sum(larger, classes, room)
-
-
-@device
-def leave_largest_out(like, rows, address, room):
-    """(largest logit, its class, u, log(1 + u)), u the sum of exp(x - largest) over the others; an undefined row has a
-    logarithm of NaN."""
-    zero = compute_zero(like)
-    s, c, largest, where, _ = score_row(like, rows, address, np.int64(-1), zero, False, room)
-    x = np.float64(largest)
-    full = item_size(like) == 8
-    u = others_to_target(s, c, x, full)
-    return largest, where, u, target_loss(u, s, c, x, full)
 
 
 @device

@@ -1,7 +1,9 @@
 """Sums of exponentials of whole rows on CUDA, the first of a row's largest logits apart: u, the sum of exp(x - largest)
-over the others, is small where a softmax is nearly 1. A row of weight 0 is not looked at. Results go to the addresses
-`lse`, the logarithms of the sums, and `sums`, what load_sums gives, every `pitch` bytes; either may be 0."""
+over the others, is small where a softmax is nearly 1. A first kernel for all that reads rows more than once: one that
+does both takes twice the registers. What is known of a row goes to the addresses `lse`, the logarithms of the sums, and
+`sums`, what load_sums gives, every `pitch` bytes; either may be 0. Rows that do not count are not looked at."""
 
+import cupy
 import numpy as np
 from numba import types
 
@@ -9,32 +11,41 @@ from .._intrinsics import bits_float, float_bits
 from .._scalar import CHUNK, others_to_target, target_loss
 from .._typed import compute_zero, item_size, key_value, number
 from ._chunks import first_position, warp_max
-from ._launch import cuda, device, kernel, launch, resident
+from ._launch import cuda, device, kept, kernel, launch, resident
 from ._memory import RING, RING_ITEMS, anew, load, store
-from ._operands import weight_at
+from ._operands import address, counts, operand
 from ._rows import (
     PARTS,
     THREADS,
     class_stride,
     first_nan,
     join_few,
-    leave_largest_out,
     round_place,
     row_address,
     rows_from,
     rows_of_warps,
+    score_row,
     team_of,
     teams,
 )
 from ._stream import start_chunks, sum_apart, sum_chunks, thread_ring
 
 SCORE_SHARED = RING + 5 * 32 * 8  # bytes of shared memory of a warp that sums in a stream and keeps largest logits too
+SUMS = 32  # bytes that load_sums reads
 
 
-def row_sums(items, like, rows, weights, lse, sums, pitch, out):
-    """`rows` by with_known_stride, `weights` an operand; `out` is an array on the device."""
-    arguments, group, chunks = (like, rows, weights, lse, sums, pitch), 0, -(-rows[5] // CHUNK)
-    if streams(like, rows, CHUNK):
+def sums_of_rows(items, like, rows, labels, weights, ignore_index, out):
+    """A new array of what load_sums reads; `rows` by with_known_stride, `out` is an array on the device."""
+    sums = kept(cupy.empty((items, SUMS // 8)))
+    row_sums(items, like, rows, operand(labels), operand(weights), ignore_index, 0, address(sums), SUMS, out)
+    return sums
+
+
+def row_sums(items, like, rows, labels, weights, ignore_index, lse, sums, pitch, out):
+    """`labels` and `weights` are operands."""
+    arguments = like, rows, labels, weights, ignore_index, lse, sums, pitch
+    group, chunks = 0, -(-rows[5] // CHUNK)
+    if streams(like, rows, CHUNK):  # less stays in the caches
         blocks, group = rows_of_warps(items, chunks, resident(_stream_sums.of(like), out), 2)
     if group:
         return launch(_stream_sums.of(like), blocks, 32, out, items, group, chunks, 32 // chunks, *arguments)
@@ -47,22 +58,34 @@ def streams(like, rows, most):
 
 
 @kernel(THREADS, 3, 3, 2)
-def _row_sums(items, like, rows, weights, lse, sums, pitch):
+def _row_sums(items, like, rows, labels, weights, ignore_index, lse, sums, pitch):
     """A team takes a row."""
     room = cuda.shared.array((3, PARTS), types.float64)
     r, warp, _ = team_of(rows[5])
-    if r >= items or weight_at(weights, r) == 0.0:
+    if r >= items or not counts(r, labels, weights, ignore_index):
         return
     address = row_address(rows, r)
-    largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
+    largest, where, u, log1p_u = leave_largest_out(like, rows, address, room)
     if log1p_u != log1p_u and first_nan(like, rows, address, room) >= 0:
         largest = number(like, np.nan)
     if warp == 0 and cuda.laneid == 0:
-        put_sums(like, r, np.float64(largest), u, log1p_u, lse, sums, pitch)
+        put_sums(like, r, np.float64(largest), where, u, log1p_u, lse, sums, pitch)
 
 
 @device
-def put_sums(like, r, largest, u, log1p_u, lse, sums, pitch):
+def leave_largest_out(like, rows, address, room):
+    """(largest logit, its class, u, log(1 + u)), u the sum of exp(x - largest) over the others; an undefined row has a
+    logarithm of NaN."""
+    zero = compute_zero(like)
+    s, c, largest, where, _ = score_row(like, rows, address, np.int64(-1), zero, False, room)
+    x = np.float64(largest)
+    full = item_size(like) == 8
+    u = others_to_target(s, c, x, full)
+    return largest, where, u, target_loss(u, s, c, x, full)
+
+
+@device
+def put_sums(like, r, largest, where, u, log1p_u, lse, sums, pitch):
     """Write what is known of row r. An undefined one has a log1p_u of NaN, and for `lse` its largest logit."""
     if lse != 0:
         value = largest if log1p_u != log1p_u else largest + log1p_u
@@ -72,16 +95,17 @@ def put_sums(like, r, largest, u, log1p_u, lse, sums, pitch):
         store(at, largest)
         store(at + 8, u)
         store(at + 16, log1p_u)
+        store(at + 24, where)
 
 
 @device
 def load_sums(like, at):
-    """(largest, u, log(1 + u)) of a row."""
-    return number(like, load(0.0, at)), load(0.0, at + 8), load(0.0, at + 16)
+    """(largest logit, its class, u, log(1 + u)) of a row, by the address of its sums."""
+    return number(like, load(0.0, at)), load(np.int64(0), at + 24), load(0.0, at + 8), load(0.0, at + 16)
 
 
 @kernel(32, 16, 16, 8, shared=SCORE_SHARED)
-def _stream_sums(items, group, chunks, at_once, like, rows, weights, lse, sums, pitch):
+def _stream_sums(items, group, chunks, at_once, like, rows, labels, weights, ignore_index, lse, sums, pitch):
     """As _row_sums for rows of up to 32 chunks, classes side by side, by warps of their own, as in _sparse_xent: with
     the sum of a chunk comes its largest logit, and the chunk that holds a row's is summed once more, without it; then
     thread i finishes row i."""
@@ -90,35 +114,35 @@ def _stream_sums(items, group, chunks, at_once, like, rows, weights, lse, sums, 
     done = np.int64(0)
     while done < group:
         first, size = rows_from(done, group, items, at_once)
-        whole_rows(like, rows, first, size, chunks, weights, room)
+        whole_rows(like, rows, first, size, chunks, labels, weights, ignore_index, room)
         ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
         sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, np.int64(0))
         done = anew(done)
         first, size = rows_from(done, group, items, at_once)
         for k in range(size):
-            if weight_at(weights, first + k) != 0.0:
+            if counts(first + k, labels, weights, ignore_index):
                 leave_out(like, rows, first + k, np.int32(k * chunks), chunks, room)
         sum_apart(like, class_stride(like, rows), np.int32(size * chunks), room, ring, RING, None, None)
         done = anew(done)
         first, size = rows_from(done, group, items, at_once)
-        if lane < size and weight_at(weights, first + lane) != 0.0:
+        if lane < size and counts(first + lane, labels, weights, ignore_index):
             i = np.int32(lane * chunks)
             s, c = join_few(room, i, np.int32(i + chunks))
             u = others_to_target(s, c, room[4, i], False)
             log1p_u = target_loss(u, s, c, room[4, i], False)
-            put_sums(like, first + lane, room[4, i], u, log1p_u, lse, sums, pitch)
+            put_sums(like, first + lane, room[4, i], float_bits(room[3, i]), u, log1p_u, lse, sums, pitch)
         cuda.syncwarp()
         done += at_once
 
 
 @device
-def whole_rows(like, rows, first, size, chunks, weights, room):
+def whole_rows(like, rows, first, size, chunks, labels, weights, ignore_index, room):
     """room[:3, i] of this warp = (address, no class to skip, classes) of the i-th chunk from row `first` on."""
     i = np.int32(cuda.laneid)
     if i < size * chunks:
         row = i // np.int32(chunks)
         r, begin, address = first + row, np.int64(i - row * np.int32(chunks)) * CHUNK, np.int64(0)
-        if weight_at(weights, r) != 0.0:
+        if counts(r, labels, weights, ignore_index):
             address = row_address(rows, r) + begin * class_stride(like, rows)
         room[0, i], room[1, i] = bits_float(address), bits_float(np.int64(-1))
         room[2, i] = bits_float(min(np.int64(CHUNK), rows[5] - begin))
@@ -128,7 +152,7 @@ def whole_rows(like, rows, first, size, chunks, weights, room):
 @device
 def leave_out(like, rows, r, i, chunks, room):
     """Makes a chunk to sum of that which holds the first of row r's largest logits, without it. The row's chunks are at
-    i, i + 1, ... of the room, as put_scores left them, and the logit goes to room[4, i]."""
+    i, i + 1, ... of the room, as put_scores left them; its class and the logit go to room[3:, i]."""
     stride, key = class_stride(like, rows), np.int64(-0x8000000000000000)
     if cuda.laneid < chunks:
         key = float_bits(room[3, i + cuda.laneid]) >> 32 << 5 | np.int64(31 - cuda.laneid)  # the first of equal ones
@@ -137,7 +161,9 @@ def leave_out(like, rows, r, i, chunks, room):
     address, begin = row_address(rows, r), np.int64(k) * CHUNK
     place = (float_bits(room[3, i + k]) & 0xFFFFFFFF) - first_position(like, address, stride)[1]
     where = round_place(like, rows, address, begin + max(place, np.int64(0)), largest)
+    cuda.syncwarp()
     if cuda.laneid == 0:
+        room[3, i] = bits_float(where)
         room[0, i + k], room[1, i + k] = bits_float(address + begin * stride), bits_float(where - begin)
         room[2, i + k], room[4, i] = bits_float(min(np.int64(CHUNK), rows[5] - begin)), np.float64(largest)
     cuda.syncwarp()

@@ -9,6 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .._check import NO_LABEL
 from .._intrinsics import fma, rounded_product
 from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64
 from .._typed import compute_zero, grad_frame, grad_of, item_size, number, widen
@@ -29,9 +30,9 @@ from ._memory import (
     zeros,
 )
 from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
-from ._rows import PARTS, TEAMS, class_stride, leave_largest_out, row_address, team_of
+from ._rows import PARTS, TEAMS, class_stride, row_address, team_of, teams
+from ._sums import SUMS, load_sums, sums_of_rows
 from .sigmoid import THREADS
-from .softmax import teams
 
 BAD, NOT_COUNTED, NONE = -3, -2, -1
 
@@ -39,6 +40,12 @@ BAD, NOT_COUNTED, NONE = -3, -2, -1
 def numbers(targets):
     """Targets as the kernels get them."""
     return targets if len(targets) == 9 else (*operand(targets[0]), *targets[1:])
+
+
+def sums_of_targets(items, like, rows, targets, weights, out):
+    """sums_of_rows that count."""
+    labels, ignore_index = (None, NO_LABEL) if len(targets) == 9 else (targets[0], targets[3])
+    return sums_of_rows(items, like, rows, labels, weights, ignore_index, out)
 
 
 def target_class(targets, weights, r, classes):
@@ -148,12 +155,13 @@ def share_of(like, targets, r, j, y, class_weights):
 def dense_xent(work, items, like, rows, targets, class_weights, weights, z_loss, loss):
     """loss[r] = sum_j t_j (lse - x_j) + z_loss lse^2, t_j the share of class j; 0 for a row that does not count."""
     rows = with_known_stride(like, rows)
-    arguments = numbers(targets), address(class_weights), operand(weights), float(z_loss), address(loss)
+    sums = sums_of_targets(items, like, rows, targets, weights, loss)
+    arguments = numbers(targets), address(class_weights), operand(weights), float(z_loss), address(sums), address(loss)
     return launch(_dense_xent.of(like), *teams(items, rows[5]), loss, items, like, rows, *arguments)
 
 
-@kernel(32 * TEAMS, 3, 3, 2)
-def _dense_xent(items, like, rows, targets, class_weights, weights, z_loss, loss):
+@kernel(32 * TEAMS, 4, 4, 2)
+def _dense_xent(items, like, rows, targets, class_weights, weights, z_loss, sums, loss):
     """sum_j t_j (x_k - x_j) + log(1 + u) sum_j t_j, k the largest logit; both sums over lanes and chunks."""
     room = cuda.shared.array((3, PARTS), types.float64)
     r, warp, _ = team_of(rows[5])
@@ -162,7 +170,7 @@ def _dense_xent(items, like, rows, targets, class_weights, weights, z_loss, loss
     y = target_class(targets, weights, r, rows[5])
     value = np.nan if y == BAD else 0.0
     if y >= NONE:
-        largest, _, _, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
+        largest, _, _, log1p_u = load_sums(like, sums + r * SUMS)
         distance, mass = share_sums(like, rows, targets, r, y, class_weights, largest, room)
         value = dense_loss(distance, mass, log1p_u, np.float64(largest), z_loss)
     if warp == 0 and cuda.laneid == 0:
@@ -252,13 +260,14 @@ def dense_xent_grad(
     zeros."""
     rows, grad_rows = with_known_stride(like, rows), with_known_stride(like_grad, grad_rows)
     factors = numbers(targets), address(class_weights), operand(weights), float(z_loss), int(as_one), float(second)
-    arguments = items, like, rows, *factors, address(scale), address(loss), like_grad, grad_rows
+    sums = sums_of_targets(items, like, rows, targets, weights, loss)
+    arguments = items, like, rows, *factors, address(sums), address(scale), address(loss), like_grad, grad_rows
     return launch(_dense_xent_grad.of(like), *teams(items, rows[5]), loss, *arguments)
 
 
 @kernel(32 * TEAMS, 3, 3, 2)
 def _dense_xent_grad(
-    items, like, rows, targets, class_weights, weights, z_loss, as_one, second, scale, loss, like_grad, grad_rows
+    items, like, rows, targets, class_weights, weights, z_loss, as_one, second, sums, scale, loss, like_grad, grad_rows
 ):
     """As _dense_xent; then the team reads the row again from the caches and writes its gradient, and one thread the
     largest class's entry and y's."""
@@ -271,7 +280,7 @@ def _dense_xent_grad(
     value, where, top, own, a, b, g = np.nan if y == BAD else 0.0, np.int64(-1), 0.0, 0.0, 0.0, 0.0, 0.0
     m, low, shift, factor, _ = grad_frame(zero, like_grad, 0.0, 0.0, 0.0)
     if y >= NONE:
-        largest, where, u, log1p_u = leave_largest_out(like, rows, row_address(rows, r), room)
+        largest, where, u, log1p_u = load_sums(like, sums + r * SUMS)
         x, (r, _, _) = np.float64(largest), team_of(rows[5])  # again: registers are for the sums
         distance, mass = share_sums(like, rows, targets, r, y, class_weights, largest, room)
         value, g = dense_loss(distance, mass, log1p_u, x, z_loss), load(0.0, scale + r * 8)

@@ -6,6 +6,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .._check import NO_LABEL
 from .._divergence_scalar import (
     LN2,
     change_term,
@@ -28,7 +29,7 @@ from ._launch import cuda, device, kept, kernel, launch
 from ._memory import fold_loads, halves, join, load, load_once, store, store_once, zeros
 from ._operands import address, operand, weight_at, with_known_stride
 from ._rows import PARTS, THREADS, class_stride, row_address, team_of, teams
-from ._sums import load_sums, row_sums
+from ._sums import SUMS, load_sums, row_sums
 
 AT_ONCE = 2  # items of a Vector that are in work at the same time, as registers allow
 
@@ -53,12 +54,21 @@ def known_alike(like, rows_p, rows_q):
 
 
 def two_sums(items, like, rows_p, rows_q, weights, out):
-    """sums[r] = what row_sums has of row r of the one and of the other logits. In kernels of their own: they take twice
-    the registers of what comes after them."""
-    sums = kept(cupy.empty((items, 2, 3)))
+    """sums[r] = what load_sums reads of row r of the one and of the other logits."""
+    sums = kept(cupy.empty((items, 2, SUMS // 8)))
     for i, rows in enumerate((rows_p, rows_q)):
-        row_sums(items, like, rows, operand(weights), 0, address(sums) + 24 * i, 48, out)
+        to = address(sums) + SUMS * i
+        row_sums(items, like, rows, operand(None), operand(weights), NO_LABEL, 0, to, 2 * SUMS, out)
     return sums
+
+
+@device
+def load_frame(like, sums, r, shift):
+    """two_frames of rows r."""
+    at = sums + r * (2 * SUMS)
+    p, _, u_p, log1p_u_p = load_sums(like, at)
+    q, _, u_q, log1p_u_q = load_sums(like, at + SUMS)
+    return two_frames((p, u_p, log1p_u_p), (q, u_q, log1p_u_q), shift)
 
 
 @kernel(THREADS, 4, 4, 3)
@@ -74,8 +84,7 @@ def _divergence(items, like, rows_p, rows_q, weights, sums, kl, reverse, js):
         put(like, reverse, r, 0.0, first)
         put(like, js, r, 0.0, first)
         return
-    p, q = load_sums(like, sums + r * 48), load_sums(like, sums + r * 48 + 24)
-    frame = two_frames(p, q, 0.0)
+    frame = load_frame(like, sums, r, 0.0)
     if kl != 0:
         change, total = row_totals(change_term, kl_term, like, rows_p, rows_q, r, frame, room)
         put(like, kl, r, settled(total, change, 0.5, frame[0]), first)
@@ -229,11 +238,10 @@ def _kl_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, gr
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean, factor_p, factor_q, looked_at = 0.0, 0.0, zero, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p, q = load_sums(like, sums + r * 48), load_sums(like, sums + r * 48 + 24)
-        frame = two_frames(p, q, 0.0)
+        frame = load_frame(like, sums, r, 0.0)
         change, total = row_totals(change_term, kl_term, like, rows_p, rows_q, r, frame, room)
         value = settled(total, change, 0.5, frame[0])
-        frame = two_frames(p, q, change)
+        frame = load_frame(like, sums, r, change)
         if grad_p[0] != 0:
             mean, _ = row_totals(kl_slope, kl_slope, like, rows_p, rows_q, r, frame, room)
         k = load(0.0, scale + r * 8)
@@ -270,11 +278,10 @@ def _js_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, gr
     frame = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     value, mean_p, mean_q, factor, looked_at = 0.0, 0.0, 0.0, zero, weight_at(weights, r) != 0.0
     if looked_at:
-        p, q = load_sums(like, sums + r * 48), load_sums(like, sums + r * 48 + 24)
-        frame = two_frames(p, q, 0.0)
+        frame = load_frame(like, sums, r, 0.0)
         change, total = row_totals(change_term, js_term, like, rows_p, rows_q, r, frame, room)
         value = min(settled(total, change, 0.125, frame[0]), LN2)
-        frame = two_frames(p, q, change)
+        frame = load_frame(like, sums, r, change)
         mean_p, mean_q = row_totals(js_slope, js_reverse_slope, like, rows_p, rows_q, r, frame, room)
         factor = slope_scale(load(0.0, scale + r * 8), 0.0, frame[0])
     put(like, loss, r, value, warp == 0 and cuda.laneid == 0)

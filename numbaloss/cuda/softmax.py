@@ -9,6 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .._check import NO_LABEL
 from .._intrinsics import at_least, bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
 from .._typed import compute_zero, grad_frame, grad_of, item_size, key_value, number, softmax_frame, softmax_of, widen
@@ -51,7 +52,6 @@ from ._rows import (
     first_nan,
     join_few,
     join_parts,
-    leave_largest_out,
     round_place,
     row_address,
     row_moments,
@@ -64,7 +64,7 @@ from ._rows import (
     warps_for,
 )
 from ._stream import start_chunks, sum_chunks, thread_ring
-from ._sums import SCORE_SHARED, load_sums, row_sums, streams
+from ._sums import SCORE_SHARED, SUMS, load_sums, row_sums, streams, sums_of_rows
 
 NARROW = 128  # classes up to which a row is a thread's
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
@@ -717,32 +717,28 @@ def logsumexp(work, items, like, rows, lse):
     """lse[r] = log(sum(exp(row r)))."""
     if rows[5] <= NARROW:
         return narrow_logsumexp(items, like, rows, lse)
-    return row_sums(items, like, with_known_stride(like, rows), operand(None), address(lse), 0, 0, lse)
+    return row_sums(
+        items, like, with_known_stride(like, rows), operand(None), operand(None), NO_LABEL, address(lse), 0, 0, lse
+    )
 
 
 def normalize(work, items, like, rows, logarithm, out):
     """out[r] = softmax of row r, or its logarithm."""
-    rows, sums = with_known_stride(like, rows), None
-    if streams(like, rows, CHUNK):  # one chunk stays in the caches
-        sums = kept(cupy.empty((items, 3)))
-        row_sums(items, like, rows, operand(None), 0, address(sums), 24, out)
+    rows = with_known_stride(like, rows)
+    sums = sums_of_rows(items, like, rows, None, None, NO_LABEL, out)
     arguments = items, like, rows, int(logarithm), address(sums), address(out)
     return launch(_normalize.of(like), *teams(items, rows[5]), out, *arguments)
 
 
-@kernel(THREADS, 3, 3, 2)
+@kernel(THREADS, 5, 5, 2)
 def _normalize(items, like, rows, logarithm, sums, out):
-    """A team reads a row, once `sums` has what row_sums has of it, or three times, and writes it side by side."""
-    room = cuda.shared.array((3, PARTS), types.float64)
+    """A team reads a row and writes it side by side."""
     stride, classes, zero = class_stride(like, rows), rows[5], compute_zero(like)
     r, warp, warps = team_of(classes)
     if r >= items:
         return
     address = row_address(rows, r)
-    if sums != 0:
-        largest, u, log1p_u = load_sums(like, sums + r * 24)
-    else:
-        largest, _, u, log1p_u = leave_largest_out(like, rows, address, room)
+    largest, _, u, log1p_u = load_sums(like, sums + r * SUMS)
     loss = number(like, log1p_u)
     frame = softmax_frame(largest, u, loss)
     base, begin = first_position(like, address, stride)
