@@ -244,6 +244,21 @@ def test_scores_in_a_stream(dtype, classes, begin):
     check(lambda x, y: nl.score_tokens(x, y, check_labels="nan"), x[20:], y[20:])
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
+def test_sums_in_a_stream(dtype):
+    """Rows of three chunks, two of them a warp's; the largest logit in any chunk, or in two; rows that do not count."""
+    x, y, weights = make_logits(35, 16_390, dtype)[:, 3:], make_labels(35, 16_387), np.ones(35)
+    x[np.arange(35), np.arange(35) * 481] = 30
+    x[::5, 16_000], x[7, 9000], x[8] = 30, NAN, -INF
+    y[::6], weights[1::6] = -100, 0
+    with host.on_host(launches=(launches := [])):
+        check(nl.logsumexp, x)
+        check(none, x[:12], y[:12], weights=weights[:12], z_loss=0.1)
+        check(nl.kl_divergence, x[5:10], x[4:9], weights=weights[5:10], reduction="none")
+    names = [name for name, *_ in launches]
+    assert host.ON_DEVICE or (names.count("_stream_sums") == 4 and "_row_sums" not in names)
+
+
 @pytest.mark.parametrize("scale", [1, 50, 400, 3000, 1e7])
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
 def test_16_bits_far_apart(dtype, scale):
