@@ -24,7 +24,7 @@ from ._operands import address
 from ._rows import row_address
 
 THREADS = 256
-TILE = 1024  # elements of a row that a block takes
+TILE = 4 * THREADS  # elements of a row that a block takes
 
 
 def binary_xent(work, items, like, rows, like_labels, label_rows, like_weight, weight_rows, loss):
@@ -37,18 +37,43 @@ def binary_xent(work, items, like, rows, like_labels, label_rows, like_weight, w
 
 @kernel(THREADS)
 def _binary_xent(items, like, rows, like_labels, label_rows, like_weight, weight_rows, loss):
-    """A block takes a tile of a row, neighbouring threads neighbouring elements."""
-    columns = rows[5]
+    """A block takes a tile of a row, neighbouring threads neighbouring elements. A thread has four and reads them all
+    before it writes one: a store might change what is to be read, so the compiler does not."""
+    r, j, columns = *first_element(rows[5]), rows[5]
+    operands = like, row_address(rows, r), rows[4], like_labels, row_address(label_rows, r), label_rows[4]
+    weight, none = (like_weight, weight_rows, r), (like, 0, r)
+    a, b = read(operands, weight, none, j, columns), read(operands, weight, none, j + THREADS, columns)
+    k, to = j + 2 * THREADS, loss + r * columns * item_size(compute_zero(like))
+    c, d = read(operands, weight, none, k, columns), read(operands, weight, none, k + THREADS, columns)
+    put_loss(like, to, j, columns, a)
+    put_loss(like, to, j + THREADS, columns, b)
+    put_loss(like, to, k, columns, c)
+    put_loss(like, to, k + THREADS, columns, d)
+
+
+@device
+def first_element(columns):
+    """(row, column) of this thread's first element."""
     tiles = (columns + TILE - 1) // TILE
-    r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
-    logits, labels = row_address(rows, r), row_address(label_rows, r)
-    one = number(like, 1.0)
-    for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
-        x = widen(load(like, logits + j * rows[4]))
-        z = number(like, widen(load(like_labels, labels + j * label_rows[4])))
-        q = weight_of(like, like_weight, weight_rows, r, j)
-        value = binary_loss(x, z, q, one, log1p(exp_neg(abs(x))))
-        store(loss + (r * columns + j) * item_size(compute_zero(like)), value)
+    r = np.int64(cuda.blockIdx.x) // tiles
+    return r, (np.int64(cuda.blockIdx.x) - r * tiles) * TILE + cuda.threadIdx.x
+
+
+@device
+def read(operands, weight, upstream, j, columns):
+    """(logit, label, weight, upstream) of element j of a row, or of its last, by weight_of."""
+    like, logits, stride, like_labels, labels, label_stride = operands
+    j = min(j, columns - 1)
+    x, z = widen(load(like, logits + j * stride)), number(like, widen(load(like_labels, labels + j * label_stride)))
+    return x, z, weight_of(like, *weight, j), weight_of(like, *upstream, j)
+
+
+@device
+def put_loss(like, loss, j, columns, element):
+    x, z, q, _ = element
+    if j < columns:
+        value = binary_loss(x, z, q, number(like, 1.0), log1p(exp_neg(abs(x))))
+        store(loss + j * item_size(compute_zero(like)), value)
 
 
 def binary_grad(
@@ -96,23 +121,33 @@ def _binary_grad(
     weight_grad,
     hess,
 ):
-    columns, size = rows[5], item_size(compute_zero(like))
-    tiles = (columns + TILE - 1) // TILE
-    r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
-    logits, labels = row_address(rows, r), row_address(label_rows, r)
-    one = number(like, 1.0)
-    for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
-        x = widen(load(like, logits + j * rows[4]))
-        z = number(like, widen(load(like_labels, labels + j * label_rows[4])))
-        q = weight_of(like, like_weight, weight_rows, r, j)
-        g = weight_of(like, like_upstream, upstream_rows, r, j)
-        e = exp_neg(abs(x))
-        log1p_e = log1p(e)
-        at = (r * columns + j) * size
+    """As _binary_xent."""
+    r, j, columns = *first_element(rows[5]), rows[5]
+    operands = like, row_address(rows, r), rows[4], like_labels, row_address(label_rows, r), label_rows[4]
+    weight, upstream, out = (like_weight, weight_rows, r), (like_upstream, upstream_rows, r), np.int64(0)
+    if out_rows[0] != 0:
+        out = row_address(out_rows, r)
+    to = r * columns, loss, like_out, out, out_rows[4], labels_grad, weight_grad, hess
+    a, b = read(operands, weight, upstream, j, columns), read(operands, weight, upstream, j + THREADS, columns)
+    k = j + 2 * THREADS
+    c, d = read(operands, weight, upstream, k, columns), read(operands, weight, upstream, k + THREADS, columns)
+    put_slopes(like, to, j, columns, a)
+    put_slopes(like, to, j + THREADS, columns, b)
+    put_slopes(like, to, k, columns, c)
+    put_slopes(like, to, k + THREADS, columns, d)
+
+
+@device
+def put_slopes(like, to, j, columns, element):
+    x, z, q, g = element
+    before, loss, like_out, out, out_stride, labels_grad, weight_grad, hess = to
+    if j < columns:
+        e, one = exp_neg(abs(x)), number(like, 1.0)
+        log1p_e, at = log1p(e), (before + j) * item_size(compute_zero(like))
         store(loss + at, binary_loss(x, z, q, one, log1p_e))
-        if out_rows[0] != 0:
+        if out != 0:
             slope = by_upstream(g, slope_by_logit(x, z, q, one, e, log1p_e), one)
-            store_item(like_out, row_address(out_rows, r) + j * out_rows[4], slope)
+            store_item(like_out, out + j * out_stride, slope)
         if labels_grad != 0:
             store(labels_grad + at, by_upstream(g, slope_by_label(x, z, q, one, e, log1p_e), one))
         if weight_grad != 0:
