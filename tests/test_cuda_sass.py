@@ -424,12 +424,13 @@ def test_the_loops_over_classes(dtype, arch):
 
 @each_case(*LIKE)
 def test_elements_are_read_before_one_is_written(dtype, arch):
-    """Four of them, each a logit, a label and a weight, without float64 below float64."""
-    for name in ("_binary_xent", "_binary_grad"):
+    """Four of them, of up to three arrays, without float64 below float64; or four and a weight, by its type."""
+    loads = {"_binary_xent": 12, "_binary_grad": 12, "_cap": 4, "_uncap": 8, "_take_rows": 16, "_put_rows": 16}
+    for name, count in loads.items():
         opcodes = opcodes_of(machine_code(dtype, arch)[name].text)
         first = next(i for i, op in enumerate(opcodes) if op.startswith("STG"))
-        assert sum(op.startswith("LDG") for op in opcodes[:first]) >= 12, name
-        assert dtype == "float64" or [op for op in opcodes if FLOAT64.match(op)] == [], name
+        assert sum(op.startswith("LDG") for op in opcodes[:first]) >= count, name
+        assert dtype == "float64" or count == 16 or [op for op in opcodes if FLOAT64.match(op)] == [], name
 
 
 @pytest.mark.parametrize("name", FORWARD)

@@ -196,6 +196,18 @@ MUTANTS = {
         "bits_float(where - begin - CHUNK)",
         "test_cuda.py::test_equal_logits[8200-bfloat16]",
     ),
+    "CUDA: an element behind a row's last is read": (
+        "cuda/elements.py",
+        "row + min(j, columns - 1) * stride",
+        "row + min(j, columns) * stride",
+        "test_cuda_linear.py::test_hidden_and_weight_in_16_bits_and_strided[float32]",
+    ),
+    "CUDA: an element behind a row's last is written": (
+        "cuda/sigmoid.py",
+        "    if j < columns:\n        value",
+        "    if j <= columns:\n        value",
+        "test_cuda_sigmoid.py",
+    ),
     "CUDA: no gradient for the ninth round": (
         "cuda/_gradients.py",
         "        if i < begin and at < classes:",

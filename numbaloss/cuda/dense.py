@@ -32,7 +32,7 @@ from ._memory import (
 from ._operands import address, counts, label_at, operand, weight_at, with_known_stride
 from ._rows import PARTS, TEAMS, class_stride, row_address, team_of, teams
 from ._sums import SUMS, load_sums, sums_of_rows
-from .sigmoid import THREADS
+from .elements import THREADS
 
 BAD, NOT_COUNTED, NONE = -3, -2, -1
 

@@ -3,13 +3,27 @@
 import numpy as np
 
 from .._typed import capped, compute_zero, item_size, uncapped, widen
-from ._launch import cuda, kernel, launch
+from ._launch import cuda, device, kernel, launch
 from ._memory import load, store, store_item
 from ._operands import address, operand, weight_at
 from ._rows import row_address
 
 THREADS = 256
-TILE = 1024  # elements of a row that a block takes
+TILE = 4 * THREADS  # elements of a row that a block takes
+
+
+@device
+def first_element(columns):
+    """(row, column) of this thread's first element; the others lie THREADS apart."""
+    tiles = (columns + TILE - 1) // TILE
+    r = np.int64(cuda.blockIdx.x) // tiles
+    return r, (np.int64(cuda.blockIdx.x) - r * tiles) * TILE + cuda.threadIdx.x
+
+
+@device
+def read(like, row, stride, j, columns):
+    """Logit j of a row that begins at an address, or its last; 0 from address 0."""
+    return widen(load(like, row + min(j, columns - 1) * stride)) if row != 0 else compute_zero(like)
 
 
 def cap(work, items, like, rows, cap, out):
@@ -20,14 +34,22 @@ def cap(work, items, like, rows, cap, out):
 
 @kernel(THREADS)
 def _cap(items, like, rows, cap, out):
-    """A block takes a tile of a row, neighbouring threads neighbouring elements."""
-    columns, size = rows[5], item_size(compute_zero(like))
-    tiles = (columns + TILE - 1) // TILE
-    r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
-    source = row_address(rows, r)
-    for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
-        x = widen(load(like, source + j * rows[4]))
-        store(out + (r * columns + j) * size, capped(x, cap))
+    """A block takes a tile of a row, neighbouring threads neighbouring elements. A thread has four and reads them all
+    before it writes one: a store might change what is to be read, so the compiler does not."""
+    r, j, columns = *first_element(rows[5]), rows[5]
+    k, row, to = j + 2 * THREADS, row_address(rows, r), out + r * columns * item_size(compute_zero(like))
+    a, b = read(like, row, rows[4], j, columns), read(like, row, rows[4], j + THREADS, columns)
+    c, d = read(like, row, rows[4], k, columns), read(like, row, rows[4], k + THREADS, columns)
+    put(like, to, j, columns, capped(a, cap))
+    put(like, to, j + THREADS, columns, capped(b, cap))
+    put(like, to, k, columns, capped(c, cap))
+    put(like, to, k + THREADS, columns, capped(d, cap))
+
+
+@device
+def put(like, row, j, columns, value):
+    if j < columns:
+        store(row + j * item_size(compute_zero(like)), value)
 
 
 def uncap(work, items, grad, like, rows, cap, like_out, out_rows):
@@ -40,14 +62,23 @@ def uncap(work, items, grad, like, rows, cap, like_out, out_rows):
 @kernel(THREADS)
 def _uncap(items, grad, like, rows, cap, like_out, out_rows):
     """As _cap."""
-    columns, zero = rows[5], compute_zero(like)
-    tiles = (columns + TILE - 1) // TILE
-    r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
-    source, target = row_address(rows, r), row_address(out_rows, r)
-    for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
-        x = widen(load(like, source + j * rows[4]))
-        g = load(zero, grad + (r * columns + j) * item_size(zero))
-        store_item(like_out, target + j * out_rows[4], uncapped(g, x, cap))
+    r, j, columns, zero = *first_element(rows[5]), rows[5], compute_zero(like)
+    k, row, grads, size = j + 2 * THREADS, row_address(rows, r), grad + r * columns * item_size(zero), item_size(zero)
+    a, b = read(like, row, rows[4], j, columns), read(like, row, rows[4], j + THREADS, columns)
+    c, d = read(like, row, rows[4], k, columns), read(like, row, rows[4], k + THREADS, columns)
+    g_a, g_b = read(zero, grads, size, j, columns), read(zero, grads, size, j + THREADS, columns)
+    g_c, g_d = read(zero, grads, size, k, columns), read(zero, grads, size, k + THREADS, columns)
+    to = row_address(out_rows, r)
+    put_rounded(like_out, to, out_rows[4], j, columns, uncapped(g_a, a, cap))
+    put_rounded(like_out, to, out_rows[4], j + THREADS, columns, uncapped(g_b, b, cap))
+    put_rounded(like_out, to, out_rows[4], k, columns, uncapped(g_c, c, cap))
+    put_rounded(like_out, to, out_rows[4], k + THREADS, columns, uncapped(g_d, d, cap))
+
+
+@device
+def put_rounded(like_out, row, stride, j, columns, value):
+    if j < columns:
+        store_item(like_out, row + j * stride, value)
 
 
 def take_rows(work, items, like, rows, first, weights, out):
@@ -59,15 +90,16 @@ def take_rows(work, items, like, rows, first, weights, out):
 @kernel(THREADS)
 def _take_rows(like, rows, first, weights, out):
     """As _cap."""
-    columns, size = rows[5], item_size(compute_zero(like))
-    tiles = (columns + TILE - 1) // TILE
-    r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
-    source, counts = row_address(rows, first + r), weight_at(weights, r) != 0.0
-    for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
-        x = compute_zero(like)
-        if counts:
-            x = widen(load(like, source + j * rows[4]))
-        store(out + (r * columns + j) * size, x)
+    r, j, columns = *first_element(rows[5]), rows[5]
+    k, row, to = j + 2 * THREADS, row_address(rows, first + r), out + r * columns * item_size(compute_zero(like))
+    if weight_at(weights, r) == 0.0:
+        row = np.int64(0)
+    a, b = read(like, row, rows[4], j, columns), read(like, row, rows[4], j + THREADS, columns)
+    c, d = read(like, row, rows[4], k, columns), read(like, row, rows[4], k + THREADS, columns)
+    put(like, to, j, columns, a)
+    put(like, to, j + THREADS, columns, b)
+    put(like, to, k, columns, c)
+    put(like, to, k + THREADS, columns, d)
 
 
 def put_rows(work, items, values, weights, like_out, out_rows, first):
@@ -80,12 +112,14 @@ def put_rows(work, items, values, weights, like_out, out_rows, first):
 @kernel(THREADS)
 def _put_rows(values, weights, like_out, out_rows, first):
     """As _cap."""
-    columns, zero = out_rows[5], compute_zero(like_out)
-    tiles = (columns + TILE - 1) // TILE
-    r, begin = np.int64(cuda.blockIdx.x) // tiles, np.int64(cuda.blockIdx.x) % tiles * TILE
-    target, counts = row_address(out_rows, first + r), weight_at(weights, r) != 0.0
-    for j in range(begin + cuda.threadIdx.x, min(begin + TILE, columns), THREADS):
-        x = zero
-        if counts:
-            x = load(zero, values + (r * columns + j) * item_size(zero))
-        store_item(like_out, target + j * out_rows[4], x)
+    r, j, columns, zero = *first_element(out_rows[5]), out_rows[5], compute_zero(like_out)
+    k, row, size = j + 2 * THREADS, values + r * columns * item_size(zero), item_size(zero)
+    if weight_at(weights, r) == 0.0:
+        row = np.int64(0)
+    a, b = read(zero, row, size, j, columns), read(zero, row, size, j + THREADS, columns)
+    c, d = read(zero, row, size, k, columns), read(zero, row, size, k + THREADS, columns)
+    to = row_address(out_rows, first + r)
+    put_rounded(like_out, to, out_rows[4], j, columns, a)
+    put_rounded(like_out, to, out_rows[4], j + THREADS, columns, b)
+    put_rounded(like_out, to, out_rows[4], k, columns, c)
+    put_rounded(like_out, to, out_rows[4], k + THREADS, columns, d)

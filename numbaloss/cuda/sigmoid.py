@@ -18,13 +18,11 @@ from .._typed import (
     slope_by_pos_weight,
     widen,
 )
-from ._launch import cuda, device, kernel, launch
+from ._launch import device, kernel, launch
 from ._memory import load, store, store_item
 from ._operands import address
 from ._rows import row_address
-
-THREADS = 256
-TILE = 4 * THREADS  # elements of a row that a block takes
+from .elements import THREADS, TILE, first_element
 
 
 def binary_xent(work, items, like, rows, like_labels, label_rows, like_weight, weight_rows, loss):
@@ -37,8 +35,7 @@ def binary_xent(work, items, like, rows, like_labels, label_rows, like_weight, w
 
 @kernel(THREADS)
 def _binary_xent(items, like, rows, like_labels, label_rows, like_weight, weight_rows, loss):
-    """A block takes a tile of a row, neighbouring threads neighbouring elements. A thread has four and reads them all
-    before it writes one: a store might change what is to be read, so the compiler does not."""
+    """As elements._cap: a thread reads its four elements before it writes one."""
     r, j, columns = *first_element(rows[5]), rows[5]
     operands = like, row_address(rows, r), rows[4], like_labels, row_address(label_rows, r), label_rows[4]
     weight, none = (like_weight, weight_rows, r), (like, 0, r)
@@ -49,14 +46,6 @@ def _binary_xent(items, like, rows, like_labels, label_rows, like_weight, weight
     put_loss(like, to, j + THREADS, columns, b)
     put_loss(like, to, k, columns, c)
     put_loss(like, to, k + THREADS, columns, d)
-
-
-@device
-def first_element(columns):
-    """(row, column) of this thread's first element."""
-    tiles = (columns + TILE - 1) // TILE
-    r = np.int64(cuda.blockIdx.x) // tiles
-    return r, (np.int64(cuda.blockIdx.x) - r * tiles) * TILE + cuda.threadIdx.x
 
 
 @device
