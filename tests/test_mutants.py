@@ -198,8 +198,8 @@ MUTANTS = {
     ),
     "CUDA: an element behind a row's last is read": (
         "cuda/elements.py",
-        "row + min(j, columns - 1) * stride",
-        "row + min(j, columns) * stride",
+        "a, b = row + min(j, columns - 1) * stride",
+        "a, b = row + min(j, columns) * stride",
         "test_cuda_linear.py::test_hidden_and_weight_in_16_bits_and_strided[float32]",
     ),
     "CUDA: an element behind a row's last is written": (

@@ -229,7 +229,7 @@ def guess_from(room, i):
 
 @device
 def chunk_in(like, stride, room, i):
-    """(position where chunk i begins, where it ends, that of the class to skip), read again: see guess_from."""
+    """(position where chunk i begins, where it ends, that of the class to skip); anew, as registers are for the sum."""
     k = np.int32(anew(np.int64(i)))
     classes, begin = np.int32(float_bits(room[2, k])), first_position(like, float_bits(room[0, k]), stride)[1]
     return begin, np.int32(begin + classes), skip_position(float_bits(room[1, k]), classes, begin)
@@ -251,7 +251,7 @@ def sum_apart(like, stride, size, room, ring, capacity, ahead, ranked):
 
 @device
 def first_left(size, room):
-    """The first chunk with classes, found anew: registers are for the sum."""
+    """The first chunk that is not summed, found anew as in chunk_in."""
     i = np.int32(0)
     while i < size and float_bits(room[2, i]) == 0:
         i = np.int32(i + 1)
@@ -321,7 +321,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             if ranked is not None:
                 put_scores(like, room, i, best, place, larger, clip, low, target, ranked)
             s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
-            ref = BIAS - (m - MAGIC)  # as it was: registers are for the sum
+            ref = BIAS - (m - MAGIC)  # as it was
             if clip != 0 and 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
                 k = np.int32(anew(np.int64(i)))  # or a place in room is held all through the sum
                 put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)

@@ -100,7 +100,7 @@ def put_sums(like, r, largest, where, u, log1p_u, lse, sums, pitch):
 
 @device
 def load_sums(like, at):
-    """(largest logit, its class, u, log(1 + u)) of a row, by the address of its sums."""
+    """(largest logit, its class, u, log(1 + u)) of the row with its sums at this address."""
     return number(like, load(0.0, at)), load(np.int64(0), at + 24), load(0.0, at + 8), load(0.0, at + 16)
 
 
@@ -123,8 +123,6 @@ def _stream_sums(items, group, chunks, at_once, like, rows, labels, weights, ign
             if counts(first + k, labels, weights, ignore_index):
                 leave_out(like, rows, first + k, np.int32(k * chunks), chunks, room)
         sum_apart(like, class_stride(like, rows), np.int32(size * chunks), room, ring, RING, None, None)
-        done = anew(done)
-        first, size = rows_from(done, group, items, at_once)
         if lane < size and counts(first + lane, labels, weights, ignore_index):
             i = np.int32(lane * chunks)
             s, c = join_few(room, i, np.int32(i + chunks))

@@ -4,7 +4,7 @@ import numpy as np
 
 from .._typed import capped, compute_zero, item_size, uncapped, widen
 from ._launch import cuda, device, kernel, launch
-from ._memory import load, store, store_item
+from ._memory import load, store_item
 from ._operands import address, operand, weight_at
 from ._rows import row_address
 
@@ -22,8 +22,27 @@ def first_element(columns):
 
 @device
 def read(like, row, stride, j, columns):
-    """Logit j of a row that begins at an address, or its last; 0 from address 0."""
-    return widen(load(like, row + min(j, columns - 1) * stride)) if row != 0 else compute_zero(like)
+    """This thread's four logits, from j on, of the row at an address, or its last one; zeros for address 0."""
+    if row == 0:
+        zero = compute_zero(like)
+        return zero, zero, zero, zero
+    a, b = row + min(j, columns - 1) * stride, row + min(j + THREADS, columns - 1) * stride
+    c, d = row + min(j + 2 * THREADS, columns - 1) * stride, row + min(j + 3 * THREADS, columns - 1) * stride
+    return widen(load(like, a)), widen(load(like, b)), widen(load(like, c)), widen(load(like, d))
+
+
+@device
+def write(like_out, row, stride, j, columns, values):
+    """These four, rounded, to where they belong, by read."""
+    a, b, c, d = values
+    if j < columns:
+        store_item(like_out, row + j * stride, a)
+    if j + THREADS < columns:
+        store_item(like_out, row + (j + THREADS) * stride, b)
+    if j + 2 * THREADS < columns:
+        store_item(like_out, row + (j + 2 * THREADS) * stride, c)
+    if j + 3 * THREADS < columns:
+        store_item(like_out, row + (j + 3 * THREADS) * stride, d)
 
 
 def cap(work, items, like, rows, cap, out):
@@ -36,20 +55,10 @@ def cap(work, items, like, rows, cap, out):
 def _cap(items, like, rows, cap, out):
     """A block takes a tile of a row, neighbouring threads neighbouring elements. A thread has four and reads them all
     before it writes one: a store might change what is to be read, so the compiler does not."""
-    r, j, columns = *first_element(rows[5]), rows[5]
-    k, row, to = j + 2 * THREADS, row_address(rows, r), out + r * columns * item_size(compute_zero(like))
-    a, b = read(like, row, rows[4], j, columns), read(like, row, rows[4], j + THREADS, columns)
-    c, d = read(like, row, rows[4], k, columns), read(like, row, rows[4], k + THREADS, columns)
-    put(like, to, j, columns, capped(a, cap))
-    put(like, to, j + THREADS, columns, capped(b, cap))
-    put(like, to, k, columns, capped(c, cap))
-    put(like, to, k + THREADS, columns, capped(d, cap))
-
-
-@device
-def put(like, row, j, columns, value):
-    if j < columns:
-        store(row + j * item_size(compute_zero(like)), value)
+    r, j, columns, zero = *first_element(rows[5]), rows[5], compute_zero(like)
+    a, b, c, d = read(like, row_address(rows, r), rows[4], j, columns)
+    values = capped(a, cap), capped(b, cap), capped(c, cap), capped(d, cap)
+    write(zero, out + r * columns * item_size(zero), item_size(zero), j, columns, values)
 
 
 def uncap(work, items, grad, like, rows, cap, like_out, out_rows):
@@ -63,22 +72,10 @@ def uncap(work, items, grad, like, rows, cap, like_out, out_rows):
 def _uncap(items, grad, like, rows, cap, like_out, out_rows):
     """As _cap."""
     r, j, columns, zero = *first_element(rows[5]), rows[5], compute_zero(like)
-    k, row, grads, size = j + 2 * THREADS, row_address(rows, r), grad + r * columns * item_size(zero), item_size(zero)
-    a, b = read(like, row, rows[4], j, columns), read(like, row, rows[4], j + THREADS, columns)
-    c, d = read(like, row, rows[4], k, columns), read(like, row, rows[4], k + THREADS, columns)
-    g_a, g_b = read(zero, grads, size, j, columns), read(zero, grads, size, j + THREADS, columns)
-    g_c, g_d = read(zero, grads, size, k, columns), read(zero, grads, size, k + THREADS, columns)
-    to = row_address(out_rows, r)
-    put_rounded(like_out, to, out_rows[4], j, columns, uncapped(g_a, a, cap))
-    put_rounded(like_out, to, out_rows[4], j + THREADS, columns, uncapped(g_b, b, cap))
-    put_rounded(like_out, to, out_rows[4], k, columns, uncapped(g_c, c, cap))
-    put_rounded(like_out, to, out_rows[4], k + THREADS, columns, uncapped(g_d, d, cap))
-
-
-@device
-def put_rounded(like_out, row, stride, j, columns, value):
-    if j < columns:
-        store_item(like_out, row + j * stride, value)
+    a, b, c, d = read(like, row_address(rows, r), rows[4], j, columns)
+    e, f, g, h = read(zero, grad + r * columns * item_size(zero), item_size(zero), j, columns)
+    values = uncapped(e, a, cap), uncapped(f, b, cap), uncapped(g, c, cap), uncapped(h, d, cap)
+    write(like_out, row_address(out_rows, r), out_rows[4], j, columns, values)
 
 
 def take_rows(work, items, like, rows, first, weights, out):
@@ -90,16 +87,10 @@ def take_rows(work, items, like, rows, first, weights, out):
 @kernel(THREADS)
 def _take_rows(like, rows, first, weights, out):
     """As _cap."""
-    r, j, columns = *first_element(rows[5]), rows[5]
-    k, row, to = j + 2 * THREADS, row_address(rows, first + r), out + r * columns * item_size(compute_zero(like))
-    if weight_at(weights, r) == 0.0:
-        row = np.int64(0)
-    a, b = read(like, row, rows[4], j, columns), read(like, row, rows[4], j + THREADS, columns)
-    c, d = read(like, row, rows[4], k, columns), read(like, row, rows[4], k + THREADS, columns)
-    put(like, to, j, columns, a)
-    put(like, to, j + THREADS, columns, b)
-    put(like, to, k, columns, c)
-    put(like, to, k + THREADS, columns, d)
+    r, j, columns, zero = *first_element(rows[5]), rows[5], compute_zero(like)
+    row = row_address(rows, first + r) if weight_at(weights, r) != 0.0 else np.int64(0)
+    values = read(like, row, rows[4], j, columns)
+    write(zero, out + r * columns * item_size(zero), item_size(zero), j, columns, values)
 
 
 def put_rows(work, items, values, weights, like_out, out_rows, first):
@@ -113,13 +104,6 @@ def put_rows(work, items, values, weights, like_out, out_rows, first):
 def _put_rows(values, weights, like_out, out_rows, first):
     """As _cap."""
     r, j, columns, zero = *first_element(out_rows[5]), out_rows[5], compute_zero(like_out)
-    k, row, size = j + 2 * THREADS, values + r * columns * item_size(zero), item_size(zero)
-    if weight_at(weights, r) == 0.0:
-        row = np.int64(0)
-    a, b = read(zero, row, size, j, columns), read(zero, row, size, j + THREADS, columns)
-    c, d = read(zero, row, size, k, columns), read(zero, row, size, k + THREADS, columns)
-    to = row_address(out_rows, first + r)
-    put_rounded(like_out, to, out_rows[4], j, columns, a)
-    put_rounded(like_out, to, out_rows[4], j + THREADS, columns, b)
-    put_rounded(like_out, to, out_rows[4], k, columns, c)
-    put_rounded(like_out, to, out_rows[4], k + THREADS, columns, d)
+    row = values + r * columns * item_size(zero) if weight_at(weights, r) != 0.0 else np.int64(0)
+    items = read(zero, row, item_size(zero), j, columns)
+    write(like_out, row_address(out_rows, first + r), out_rows[4], j, columns, items)
