@@ -329,6 +329,16 @@ def test_equal_logits(classes, dtype):
             check(function, x)
 
 
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("classes", [16_384, 32_761])
+def test_a_softmax_in_parts(classes, dtype):
+    """Rows that end with a part, or begin between boundaries and end behind it."""
+    for offset in (0, 3, 7):
+        x = make_logits(2, classes + offset, dtype)[:, offset:]
+        check(nl.softmax, x)
+        check(nl.log_softmax, x)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("unaligned", "big-endian", "read-only")])
 def test_layouts(layout):
     """[12] CuPy views; inputs are not written."""

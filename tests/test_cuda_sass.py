@@ -76,7 +76,7 @@ def signatures(like, rows):
         "_entropy": (I64, like, rows, I64, I64, I64, I64),
         "_row_sums": (I64, like, rows, *labels, I64, I64, I64),
         "_stream_sums": (I64, I64, I64, I64, like, rows, *labels, I64, I64, I64),
-        "_normalize": (I64, like, rows, I64, I64, I64),
+        "_normalize": (I64, I64, like, rows, I64, I64, I64),
         "_dense_xent": (I64, like, rows, of_each, I64, OPERAND, F64, I64, I64),
         "_dense_xent of one": (I64, like, rows, one, I64, OPERAND, F64, I64, I64),
         "_dense_xent_grad": (I64, like, rows, of_each, *dense_grad),

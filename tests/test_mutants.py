@@ -196,6 +196,12 @@ MUTANTS = {
         "bits_float(where - begin - CHUNK)",
         "test_cuda.py::test_equal_logits[8200-bfloat16]",
     ),
+    "CUDA: a part of a softmax begins a round too late": (
+        "cuda/softmax.py",
+        "(block - r * tiles) * SPREAD, TEAMS",
+        "(block - r * tiles) * (SPREAD + LANES), TEAMS",
+        "test_cuda.py::test_equal_logits[33000-float32]",
+    ),
     "CUDA: an element behind a row's last is read": (
         "cuda/elements.py",
         "a, b = row + min(j, columns - 1) * stride",

@@ -47,6 +47,7 @@ from ._memory import (
 from ._operands import address, counts, label_at, operand, with_known_stride
 from ._rows import (
     PARTS,
+    TEAMS,
     THREADS,
     class_stride,
     first_nan,
@@ -67,6 +68,7 @@ from ._stream import start_chunks, sum_chunks, thread_ring
 from ._sums import SCORE_SHARED, SUMS, load_sums, row_sums, streams, sums_of_rows
 
 NARROW = 128  # classes up to which a row is a thread's
+SPREAD = 2 * CHUNK  # positions of a long row that a block writes
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
 NOTE = 7  # numbers that a warp which writes gradients keeps of its row
 GRAD_SHARED = (3 * PARTS + TEAM * (3 * TASKS + NOTE)) * 8  # bytes of shared memory of its block beside the rings
@@ -726,15 +728,23 @@ def normalize(work, items, like, rows, logarithm, out):
     """out[r] = softmax of row r, or its logarithm."""
     rows = with_known_stride(like, rows)
     sums = sums_of_rows(items, like, rows, None, None, NO_LABEL, out)
-    arguments = items, like, rows, int(logarithm), address(sums), address(out)
-    return launch(_normalize.of(like), *teams(items, rows[5]), out, *arguments)
+    blocks, tiles = -(-items // TEAMS), 0
+    if rows[5] > CHUNK:
+        tiles = -(-(rows[5] + 16 // like.itemsize - 1) // SPREAD)  # unaligned rows may end in one more
+        blocks = items * tiles
+    arguments = items, tiles, like, rows, int(logarithm), address(sums), address(out)
+    return launch(_normalize.of(like), blocks, THREADS, out, *arguments)
 
 
 @kernel(THREADS, 5, 5, 2)
-def _normalize(items, like, rows, logarithm, sums, out):
-    """A team reads a row and writes it side by side."""
+def _normalize(items, tiles, like, rows, logarithm, sums, out):
+    """A warp reads a row of one chunk and writes it side by side, or a block such a part of a longer one."""
     stride, classes, zero = class_stride(like, rows), rows[5], compute_zero(like)
-    r, warp, warps = team_of(classes)
+    block, warp, first, start, step = np.int64(cuda.blockIdx.x), np.int64(cuda.threadIdx.x >> 5), 0, 0, LANES
+    r = block * TEAMS + warp
+    if tiles > 0:
+        r = block // tiles
+        first, start, step = warp * LANES, (block - r * tiles) * SPREAD, TEAMS * LANES
     if r >= items:
         return
     address = row_address(rows, r)
@@ -742,8 +752,9 @@ def _normalize(items, like, rows, logarithm, sums, out):
     loss = number(like, log1p_u)
     frame = softmax_frame(largest, u, loss)
     base, begin = first_position(like, address, stride)
-    end, p = begin + classes, np.int64(warp) * LANES
-    while p < end:
+    end = begin + classes
+    p, stop = start + first, min(end, start + SPREAD)
+    while p < stop:
         near = np.int32(min(end - p, np.int64(LANES)))  # as in _sparse_xent_grad
         before = np.int32(begin) if p == 0 else np.int32(0)
         position = np.int32(cuda.laneid * (16 // item_size(like)))
@@ -751,7 +762,7 @@ def _normalize(items, like, rows, logarithm, sums, out):
         x = load_step(like, base + p * stride, stride, np.int32(0), before, near, np.int32(-1), WARP)
         v = normalized(x, largest, loss, logarithm, frame)
         store_part(like, zero, to, np.int64(item_size(zero)), position, before, near, v)
-        p += warps * LANES
+        p += step
 
 
 @device
