@@ -259,6 +259,18 @@ def test_sums_in_a_stream(dtype):
     assert host.ON_DEVICE or (names.count("_stream_sums") == 4 and "_row_sums" not in names)
 
 
+def test_sums_of_few_rows():
+    """Chunks of a row in warps of their own: some rows do not count; more chunks than are joined at once."""
+    x, y = make_logits(3, 33_003, BFLOAT16)[:, 3:], np.array([32_999, -100, 5])
+    long = make_logits(1, 65 * 8192 - 100)
+    x[0, 20_000] = x[0, 30_000] = long[0, 300_000] = long[0, -1] = 30
+    with host.on_host(launches=(launches := [])):
+        check(none, x, y, weights=np.array([1.0, 1, 0]), z_loss=0.1)
+        check(none, x, y, z_loss=0.1)
+        check(nl.logsumexp, long)
+    assert host.ON_DEVICE or [name for name, *_ in launches if "_part" in name] == ["_part_sums", "_join_parts"] * 3
+
+
 @pytest.mark.parametrize("scale", [1, 50, 400, 3000, 1e7])
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
 def test_16_bits_far_apart(dtype, scale):

@@ -41,7 +41,13 @@ def tool(name):
 
 
 PTXAS, NVDISASM = tool("ptxas"), tool("nvdisasm")  # packages nvidia-cuda-nvcc and nvidia-cuda-nvdisasm
-FORWARD = ("_sparse_xent", "_chunk_sums", "_stream_score", "_stream_sums")  # with an inner loop over rounds
+FORWARD = (
+    "_sparse_xent",
+    "_chunk_sums",
+    "_stream_score",
+    "_stream_sums",
+    "_part_sums",
+)  # with an inner loop over rounds
 
 # -- the kernels -------------------------------------------------------------------------------------------------
 
@@ -72,6 +78,8 @@ def signatures(like, rows):
         "_narrow_score": (I64, I64, like, ROWS, *labels, I64, I64, I64, I64, I64),
         "_narrow_logsumexp": (I64, I64, like, ROWS, I64),
         "_stream_score": (I64, I64, I64, I64, like, rows, *labels, I64, I64, I64, I64),
+        "_part_sums": (I64, I64, I64, like, rows, *labels, I64),
+        "_join_parts": (I64, I64, like, rows, *labels, I64, I64, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
         "_entropy": (I64, like, rows, I64, I64, I64, I64),
         "_row_sums": (I64, like, rows, *labels, I64, I64, I64),

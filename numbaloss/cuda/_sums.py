@@ -10,7 +10,7 @@ from numba import types
 from .._intrinsics import bits_float, float_bits
 from .._scalar import CHUNK, others_to_target, target_loss
 from .._typed import compute_zero, item_size, key_value, number
-from ._chunks import first_position, warp_max
+from ._chunks import chunk_sum, first_position, guess_after, warp_max
 from ._launch import cuda, device, kept, kernel, launch, resident
 from ._memory import RING, RING_ITEMS, anew, load, store
 from ._operands import address, counts, operand
@@ -20,6 +20,7 @@ from ._rows import (
     class_stride,
     first_nan,
     join_few,
+    join_parts,
     round_place,
     row_address,
     rows_from,
@@ -27,6 +28,7 @@ from ._rows import (
     score_row,
     team_of,
     teams,
+    warps_for,
 )
 from ._stream import start_chunks, sum_apart, sum_chunks, thread_ring
 
@@ -43,13 +45,17 @@ def sums_of_rows(items, like, rows, labels, weights, ignore_index, out):
 
 def row_sums(items, like, rows, labels, weights, ignore_index, lse, sums, pitch, out):
     """`labels` and `weights` are operands."""
-    arguments = like, rows, labels, weights, ignore_index, lse, sums, pitch
-    group, chunks = 0, -(-rows[5] // CHUNK)
-    if streams(like, rows, CHUNK):  # less stays in the caches
-        blocks, group = rows_of_warps(items, chunks, resident(_stream_sums.of(like), out), 2)
+    factors, results, chunks = (labels, weights, ignore_index), (lse, sums, pitch), -(-rows[5] // CHUNK)
+    if not streams(like, rows, CHUNK):  # one chunk stays in the caches
+        return launch(_row_sums.of(like), *teams(items, rows[5]), out, items, like, rows, *factors, *results)
+    most = resident(_stream_sums.of(like), out)
+    blocks, group = rows_of_warps(items, chunks, most, 2)
     if group:
-        return launch(_stream_sums.of(like), blocks, 32, out, items, group, chunks, 32 // chunks, *arguments)
-    return launch(_row_sums.of(like), *teams(items, rows[5]), out, items, *arguments)
+        rows_of_warp = items, group, chunks, 32 // chunks
+        return launch(_stream_sums.of(like), blocks, 32, out, *rows_of_warp, like, rows, *factors, *results)
+    parts, (blocks, group) = kept(cupy.empty((items * chunks, 3))), warps_for(items * chunks, 1, most)
+    launch(_part_sums.of(like), blocks, 32, out, items * chunks, group, chunks, like, rows, *factors, address(parts))
+    return launch(_join_parts.of(like), items, 32, out, items, address(parts), like, rows, *factors, *results)
 
 
 def streams(like, rows, most):
@@ -114,7 +120,7 @@ def _stream_sums(items, group, chunks, at_once, like, rows, labels, weights, ign
     done = np.int64(0)
     while done < group:
         first, size = rows_from(done, group, items, at_once)
-        whole_rows(like, rows, first, size, chunks, labels, weights, ignore_index, room)
+        prepare(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
         ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
         sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, np.int64(0))
         done = anew(done)
@@ -134,16 +140,18 @@ def _stream_sums(items, group, chunks, at_once, like, rows, labels, weights, ign
 
 
 @device
-def whole_rows(like, rows, first, size, chunks, labels, weights, ignore_index, room):
-    """room[:3, i] of this warp = (address, no class to skip, classes) of the i-th chunk from row `first` on."""
+def prepare(like, rows, r, k, size, chunks, labels, weights, ignore_index, room):
+    """room[:4, i] of this warp = (address, no class to skip, classes, 0) of the i-th chunk from chunk k of row r on."""
     i = np.int32(cuda.laneid)
-    if i < size * chunks:
-        row = i // np.int32(chunks)
-        r, begin, address = first + row, np.int64(i - row * np.int32(chunks)) * CHUNK, np.int64(0)
+    if i < size:
+        k += i
+        while k >= chunks:  # up to 16 times
+            r, k = r + 1, k - chunks
+        address = np.int64(0)
         if counts(r, labels, weights, ignore_index):
-            address = row_address(rows, r) + begin * class_stride(like, rows)
+            address = row_address(rows, r) + k * CHUNK * class_stride(like, rows)
         room[0, i], room[1, i] = bits_float(address), bits_float(np.int64(-1))
-        room[2, i] = bits_float(min(np.int64(CHUNK), rows[5] - begin))
+        room[2, i], room[3, i] = bits_float(min(np.int64(CHUNK), rows[5] - k * CHUNK)), 0.0
     cuda.syncwarp()
 
 
@@ -151,17 +159,87 @@ def whole_rows(like, rows, first, size, chunks, labels, weights, ignore_index, r
 def leave_out(like, rows, r, i, chunks, room):
     """Makes a chunk to sum of that which holds the first of row r's largest logits, without it. The row's chunks are at
     i, i + 1, ... of the room, as put_scores left them; its class and the logit go to room[3:, i]."""
-    stride, key = class_stride(like, rows), np.int64(-0x8000000000000000)
+    key, address = np.int64(-0x8000000000000000), row_address(rows, r)
     if cuda.laneid < chunks:
-        key = float_bits(room[3, i + cuda.laneid]) >> 32 << 5 | np.int64(31 - cuda.laneid)  # the first of equal ones
-    key = warp_max(key)
-    k, largest = np.int32(31 - (key & 31)), key_value(compute_zero(like), np.int32(key >> 5))
-    address, begin = row_address(rows, r), np.int64(k) * CHUNK
-    place = (float_bits(room[3, i + k]) & 0xFFFFFFFF) - first_position(like, address, stride)[1]
-    where = round_place(like, rows, address, begin + max(place, np.int64(0)), largest)
+        key = key_of(room[3, i + cuda.laneid], np.int64(cuda.laneid))
+    k = np.int32(chunk_of(warp_max(key)))
+    begin = np.int64(k) * CHUNK
+    largest, where = largest_by(like, rows, address, begin, room[3, i + k])
     cuda.syncwarp()
     if cuda.laneid == 0:
-        room[3, i] = bits_float(where)
-        room[0, i + k], room[1, i + k] = bits_float(address + begin * stride), bits_float(where - begin)
-        room[2, i + k], room[4, i] = bits_float(min(np.int64(CHUNK), rows[5] - begin)), np.float64(largest)
+        room[3, i], room[4, i] = bits_float(where), np.float64(largest)
+        room[0, i + k], room[1, i + k] = (
+            bits_float(address + begin * class_stride(like, rows)),
+            bits_float(where - begin),
+        )
+        room[2, i + k] = bits_float(min(np.int64(CHUNK), rows[5] - begin))
     cuda.syncwarp()
+
+
+@device
+def key_of(found, k):
+    """Of chunk k, by what put_scores left of it: larger for a larger largest logit, and for the first of equal ones."""
+    return float_bits(found) >> 32 << 24 | np.int64(0xFFFFFF - k)
+
+
+@device
+def chunk_of(key):
+    return 0xFFFFFF - (key & 0xFFFFFF)
+
+
+@device
+def largest_by(like, rows, address, begin, found):
+    """(largest logit, its first class) of the chunk from class `begin` on, by what put_scores left of it."""
+    largest = key_value(compute_zero(like), np.int32(float_bits(found) >> 32))
+    place = (float_bits(found) & 0xFFFFFFFF) - first_position(like, address, class_stride(like, rows))[1]
+    return largest, round_place(like, rows, address, begin + max(place, np.int64(0)), largest)
+
+
+@kernel(32, 16, 16, 8, shared=SCORE_SHARED)
+def _part_sums(items, group, chunks, like, rows, labels, weights, ignore_index, parts):
+    """Few rows, or more chunks than 32: as _stream_sums, but for `group` chunks, of one row or of several. parts[i] =
+    (s, c, what put_scores left) of chunk i."""
+    room, lane = cuda.shared.array((5, 32), types.float64), np.int32(cuda.laneid)
+    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
+    first = np.int64(cuda.blockIdx.x) * group
+    size, r = np.int32(min(group, items - first)), first // chunks
+    prepare(like, rows, r, first - r * chunks, size, chunks, labels, weights, ignore_index, room)
+    ahead = start_chunks(like, rows[4], size, room, ring, RING)
+    sum_chunks(like, rows[4], size, room, ring, RING, ahead, np.int64(0))
+    if lane < size:
+        at = parts + (first + lane) * 24
+        store(at, room[0, lane])
+        store(at + 8, room[1, lane])
+        store(at + 16, room[3, lane])
+
+
+@kernel(32)
+def _join_parts(items, parts, like, rows, labels, weights, ignore_index, lse, sums, pitch):
+    """What is left to do after _part_sums, a warp a row."""
+    room = cuda.shared.array((3, PARTS), types.float64)
+    lane, r, stride = np.int64(cuda.laneid), np.int64(cuda.blockIdx.x), class_stride(like, rows)
+    if not counts(r, labels, weights, ignore_index):
+        return
+    chunks, key, address = (rows[5] + CHUNK - 1) // CHUNK, np.int64(-0x8000000000000000), row_address(rows, r)
+    parts += r * chunks * 24
+    for k in range(lane, chunks, 32):
+        key = max(key, key_of(load(0.0, parts + k * 24 + 16), k))
+    apart = chunk_of(warp_max(key))
+    begin, found = apart * CHUNK, load(0.0, parts + apart * 24 + 16)
+    largest, where = largest_by(like, rows, address, begin, found)
+    classes, guess = min(np.int64(CHUNK), rows[5] - begin), guess_after(load(0.0, parts + apart * 24 + 8))
+    others = chunk_sum(like, address + begin * stride, stride, classes, where - begin, guess)
+    s, c = 0.0, -np.inf
+    for first in range(0, chunks, PARTS):
+        count = np.int32(min(PARTS, chunks - first))
+        for i in range(lane, count, 32):
+            room[0, i], room[1, i] = load(0.0, parts + (first + i) * 24), load(0.0, parts + (first + i) * 24 + 8)
+            if first + i == apart:
+                room[0, i], room[1, i] = others
+        cuda.syncwarp()
+        s, c = join_parts(room, count, s, c)
+        cuda.syncwarp()
+    if lane == 0:
+        x = np.float64(largest)
+        u = others_to_target(s, c, x, False)
+        put_sums(like, r, x, where, u, target_loss(u, s, c, x, False), lse, sums, pitch)
