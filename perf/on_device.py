@@ -44,6 +44,12 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 CHECKS = sorted(set(TESTS.glob("test_cuda*.py")) - {TESTS / "test_cuda_sass.py"})
 SHAPES = [(4096, 32000), (65536, 1024), (262144, 256), (8192, 128256), (4096, 50257), (4096, 50256), (1 << 20, 10)]
 SHAPES += [(16384, 8192), (1 << 18, 100), (1, 262144), (16, 262144), (4096, 262144)]
+OTHERS = [
+    ((4096, 32000), "bfloat16"),
+    ((8, 128256), "bfloat16"),
+    ((4096, 32000), "float32"),
+    ((1 << 20, 10), "float32"),
+]
 QUICK_SHAPES = SHAPES[:7]
 COMPILED = SHAPES[:2]  # torch.compile takes up to a minute a shape
 GRADIENTS = [((8192, 128256), "bfloat16"), ((4096, 32000), "bfloat16"), ((4096, 32000), "float32")]
@@ -284,7 +290,7 @@ def time_losses(device, report, shape, dtype, quick):
 
 
 def time_others(device, report, shape, dtype):
-    """Scores, softmax and log_softmax."""
+    """Scores, logsumexp, softmax and log_softmax."""
     rows, classes = shape
     x, y = random_logits(rows, classes, dtype), cupy.asarray(make_labels(rows, classes))
     name = f"{rows}x{classes} {dtype}"
@@ -292,6 +298,10 @@ def time_others(device, report, shape, dtype):
     scores = {"numbaloss": lambda: nl.score_tokens(x, y)}
     scores["numbaloss rank, entropy"] = lambda: nl.score_tokens(x, y, rank=True, entropy=True)
     time_case(device, report, f"score_tokens {name}", scores, x, x.nbytes + 24 * rows)
+    sums = {"numbaloss": lambda: nl.logsumexp(x)}
+    if t is not None:
+        sums["torch"] = lambda: torch.logsumexp(t.float(), -1)
+    time_case(device, report, f"logsumexp {name}", sums, x, x.nbytes + 4 * rows)
     for function in ("softmax", "log_softmax"):
         contenders = {"numbaloss": lambda f=getattr(nl, function): f(x)}
         if t is not None:
@@ -418,7 +428,7 @@ def all_times(quick):
             case = lambda device, report, s=shape, d=dtype: time_losses(device, report, s, d, quick)  # noqa: E731
             yield f"CE {shape} {dtype}", *shape, dtype, case
     yield "sigmoid", 1 << 8, 1 << 20, "float32", time_sigmoid
-    for shape, dtype in (((4096, 32000), "bfloat16"), ((4096, 32000), "float32"), ((1 << 20, 10), "float32")):
+    for shape, dtype in OTHERS:
         case = lambda device, report, s=shape, d=dtype: time_others(device, report, s, d)  # noqa: E731
         yield f"scores and softmax {shape} {dtype}", *shape, dtype, case
     for shape, dtype in GRADIENTS[:3] if quick else GRADIENTS:

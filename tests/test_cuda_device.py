@@ -138,13 +138,14 @@ def test_few_calls():
     cupy.cuda.set_allocator(None)
     try:
         for dtype in ("bfloat16", "float32"):
-            for rows, classes in ((40, 10), (70, 129), (70, 1000), (70, 1025), (3, 8200), (270, 8200)):
+            for rows, classes in ((40, 10), (70, 129), (70, 1000), (70, 1025), (3, 8200), (270, 8200), (3, 33_000)):
                 arrays = on_device(rows, classes, dtype)
                 for function in FUNCTIONS.values():
                     host.results(function(*arrays))
         for dtype, classes in (("bfloat16", 9001), ("float32", 1101)):  # unaligned rows, of which a warp takes several
             arrays = on_device(5000, classes, dtype)
-            host.results(FUNCTIONS["none"](*arrays)), host.results(FUNCTIONS["gradient none"](*arrays))
+            for name in ("none", "gradient none", "logsumexp"):
+                host.results(FUNCTIONS[name](*arrays))
         nl.cross_entropy(arrays[0][:, 1:], arrays[1] % 100, reduction="none")
         assert nl.Evaluation().update(*arrays[:3]).result().tokens > 0
     finally:
