@@ -41,13 +41,8 @@ def tool(name):
 
 
 PTXAS, NVDISASM = tool("ptxas"), tool("nvdisasm")  # packages nvidia-cuda-nvcc and nvidia-cuda-nvdisasm
-FORWARD = (
-    "_sparse_xent",
-    "_chunk_sums",
-    "_stream_score",
-    "_stream_sums",
-    "_part_sums",
-)  # with an inner loop over rounds
+FIND_LARGEST = ("_stream_score", "_stream_sums", "_part_sums")
+FORWARD = ("_sparse_xent", "_chunk_sums", *FIND_LARGEST)  # with an inner loop over rounds
 
 # -- the kernels -------------------------------------------------------------------------------------------------
 
@@ -452,9 +447,7 @@ def test_the_inner_loop(dtype, arch, name):
     assert loop.count("LDS.128") == loads and loop.count("LDGSTS.E.BYPASS.128") == 2 * loads  # of a whole round or less
     assert [op for op in loop if op == "LDG.E.128" or SLOW.match(op)] == []
     assert any(SLOW.match(op) for op in opcodes_of(text))  # elsewhere there are some
-    assert count / CLASSES <= LIMITS[dtype] + (
-        0.5 if name in ("_stream_score", "_stream_sums") else 0
-    )  # the largest; nothing counted
+    assert count / CLASSES <= LIMITS[dtype] + 0.5 * (name in FIND_LARGEST)  # and count nothing
 
 
 @each_case("float16", "bfloat16", "float32")
