@@ -168,11 +168,8 @@ def leave_out(like, rows, r, i, chunks, room):
     cuda.syncwarp()
     if cuda.laneid == 0:
         room[3, i], room[4, i] = bits_float(where), np.float64(largest)
-        room[0, i + k], room[1, i + k] = (
-            bits_float(address + begin * class_stride(like, rows)),
-            bits_float(where - begin),
-        )
-        room[2, i + k] = bits_float(min(np.int64(CHUNK), rows[5] - begin))
+        room[0, i + k] = bits_float(address + begin * class_stride(like, rows))
+        room[1, i + k], room[2, i + k] = bits_float(where - begin), bits_float(min(np.int64(CHUNK), rows[5] - begin))
     cuda.syncwarp()
 
 
