@@ -245,6 +245,26 @@ def test_scores_in_a_stream(dtype, classes, begin):
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
+def test_scores_of_few_rows(dtype):
+    """Chunks of a row in warps of their own: the largest logit in two of them, or the target, or among those larger;
+    a target far below the others; rows without a softmax, or that do not count; more chunks than are joined at once."""
+    x, y = make_logits(11, 17_003, dtype)[:, 3:], make_labels(11, 17_000)
+    x[:4, 16_000] = x[:4, 9000] = 30
+    y[:4] = 16_000, 9000, 12_000, 8191
+    x[3, 8191], x[4, y[4]], x[5, 9], x[6, 8500], x[7] = 31, -300, INF, NAN, -INF
+    y[8], y[9] = -100, 17_000
+    long = make_logits(1, 65 * 8192 - 100, dtype)
+    long[0, 300_000] = long[0, -1] = 30
+    with host.on_host(launches=(launches := [])):
+        for rows in (slice(4), slice(4, 8), slice(8, 11)):
+            check(scores, x[rows], y[rows])
+        check(scores, long, np.array([524_289]))
+        check(nl.score_tokens, x[:2], y[:2])
+    names = [name for name, *_ in launches if name in ("_part_scores", "_join_scores", "_score", "_stream_score")]
+    assert host.ON_DEVICE or names == ["_part_scores", "_join_scores"] * 5
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
 def test_sums_in_a_stream(dtype):
     """Rows of three chunks, two of them a warp's; the largest logit in any chunk, or in two; rows that do not count."""
     x, y, weights = make_logits(35, 16_390, dtype)[:, 3:], make_labels(35, 16_387), np.ones(35)

@@ -32,7 +32,7 @@ pytest.importorskip("numbaloss.cuda", exc_type=ImportError)  # its message says 
 from numba.cuda.cudadrv import nvvm  # noqa: E402
 from numba.cuda.np.numpy_support import as_dtype  # noqa: E402
 
-from numbaloss.cuda import _launch, _memory, _sums, dense, divergence, elements, sigmoid, softmax, totals  # noqa: E402
+from numbaloss.cuda import _launch, _memory, _scores, _sums, dense, divergence, elements, sigmoid, softmax, totals  # noqa: E402
 
 
 def tool(name):
@@ -41,7 +41,7 @@ def tool(name):
 
 
 PTXAS, NVDISASM = tool("ptxas"), tool("nvdisasm")  # packages nvidia-cuda-nvcc and nvidia-cuda-nvdisasm
-FIND_LARGEST = ("_stream_score", "_stream_sums", "_part_sums")
+FIND_LARGEST = ("_stream_score", "_part_scores", "_stream_sums", "_part_sums")
 FORWARD = ("_sparse_xent", "_chunk_sums", *FIND_LARGEST)  # with an inner loop over rounds
 
 # -- the kernels -------------------------------------------------------------------------------------------------
@@ -73,6 +73,8 @@ def signatures(like, rows):
         "_narrow_score": (I64, I64, like, ROWS, *labels, I64, I64, I64, I64, I64),
         "_narrow_logsumexp": (I64, I64, like, ROWS, I64),
         "_stream_score": (I64, I64, I64, I64, like, rows, *labels, I64, I64, I64, I64),
+        "_part_scores": (I64, I64, I64, like, rows, *labels, I64, I64),
+        "_join_scores": (I64, I64, like, rows, *labels, I64, I64, I64, I64),
         "_part_sums": (I64, I64, I64, like, rows, *labels, I64),
         "_join_parts": (I64, I64, like, rows, *labels, I64, I64, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
@@ -110,7 +112,7 @@ def kernels_of(*modules):
     return {k: v for module in modules for k, v in vars(module).items() if isinstance(v, _launch.Kernel)}
 
 
-KERNELS = kernels_of(softmax, _sums, dense, divergence, elements, sigmoid, totals)
+KERNELS = kernels_of(softmax, _scores, _sums, dense, divergence, elements, sigmoid, totals)
 KERNELS |= {f"{name} of one": KERNELS[name] for name in ("_dense_xent", "_dense_xent_grad")}
 OF_RESULTS = {*kernels_of(totals), "_label_slopes"}  # float32 or float64
 
@@ -406,8 +408,8 @@ FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64")
 SLOW = re.compile(FLOAT64.pattern + "|MUFU|LDL|STL|CALL")  # and approximations, local memory
 
 
-STREAMS = {name for name in kernels_of(softmax, _sums) if "narrow" not in name} - {"_short_sparse_xent", "_join_sums"}
-OVER_CLASSES = STREAMS | {name for name in kernels_of(softmax) if "narrow" in name}
+OVER_CLASSES = {*kernels_of(softmax, _scores, _sums)} - {"_short_sparse_xent", "_join_sums", "_join_scores"}
+STREAMS = {name for name in OVER_CLASSES if "narrow" not in name}
 
 
 @each_case(*LIKE)

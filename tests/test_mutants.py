@@ -179,10 +179,16 @@ MUTANTS = {
         "test_cuda.py::test_scores_in_a_stream[float32-1101-1]",
     ),
     "CUDA: the target is not among the largest": (
-        "cuda/softmax.py",
+        "cuda/_scores.py",
         "where = min(where, y)",
         "where = where + 0",
         "test_cuda.py::test_scores_in_a_stream[bfloat16-9001-3]",
+    ),
+    "CUDA: a rank by the first chunks": (
+        "cuda/_scores.py",
+        "larger + load(0.0, at + 24)",
+        "load(0.0, at + 24)",
+        "test_cuda.py::test_scores_of_few_rows[bfloat16]",
     ),
     "CUDA: the chunk with the last of the largest logits is summed without it": (
         "cuda/_sums.py",
@@ -341,7 +347,7 @@ MUTANTS = {
         "test_cuda.py::test_strides_beyond_32_bits[140]",
     ),
     "CUDA: negative labels wrap": (
-        "cuda/softmax.py",
+        "cuda/_rows.py",
         "if not 0 <= y < rows[5]:",
         "if not -1 <= y < rows[5]:",
         "test_cuda.py::test_labels_out_of_range[140]",

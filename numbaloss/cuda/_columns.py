@@ -13,6 +13,7 @@ from ._memory import item_of, load, load_once, store
 from ._rows import row_address
 
 # What is done a class has indices of 32 bits and a `while`: a range() of Numba's takes ten instructions more a round.
+NARROW = 128  # classes up to which a row is a thread's
 ROOM = 33 * 1024  # bytes of shared memory for the rows of a block's threads
 SLACK = np.int32(8)  # items before the first row, and after the last, for a load that begins or ends between rows
 ROOM_32, ROOM_64 = ROOM // 4 + 16, ROOM // 8 + 16  # items

@@ -28,7 +28,7 @@ from ._chunks import (
 )
 from ._launch import cuda, device
 from ._memory import anew, first_item, load, thread_anew
-from ._operands import item_place
+from ._operands import counts, item_place, label_at
 
 PARTS = 64  # chunks that a team joins at a time
 TEAMS = 4  # warps of a block, each with a row of its own where a row is one chunk
@@ -346,3 +346,43 @@ def round_place(like, rows, address, start, value):
     position = np.int64(p + cuda.laneid * n + k // n * 32 * n + k % n)
     place = -warp_max(-(position if k < 32 else np.int64(end)))
     return chunk + place - begin if value != -np.inf and place < end else start
+
+
+@device
+def row_of(like, rows, r, labels, weights, ignore_index):
+    """(address of row r, its label); (0, 0) if the label is out of range, (0, -1) if the row does not count."""
+    if not counts(r, labels, weights, ignore_index):
+        return np.int64(0), np.int64(-1)
+    y = label_at(labels, r)
+    if not 0 <= y < rows[5]:
+        return np.int64(0), np.int64(0)
+    return row_address(rows, r), y
+
+
+@device
+def target_of(like, rows, address, y):
+    """The logit of a target, by row_of; NaN for a label out of range, 0 for a row that does not count."""
+    if address == 0:
+        return np.nan if y == 0 else 0.0
+    return np.float64(widen(load(like, address + y * class_stride(like, rows))))
+
+
+@device
+def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room):
+    """room[:3, i] of this warp = (address, label, classes) of the i-th chunk from chunk k of row r on, the label as it
+    counts there. Gives the target of this thread's chunk."""
+    lane, x = np.int32(cuda.laneid), 0.0
+    if lane < size:
+        k += lane
+        if chunks == 1:
+            r, k = r + k, np.int64(0)
+        while k >= chunks:  # up to 16 times: a division of 64 bits takes longer
+            r, k = r + 1, k - chunks
+        address, y = row_of(like, rows, r, labels, weights, ignore_index)
+        x = target_of(like, rows, address, y)
+        if address != 0:
+            address, y = address + k * CHUNK * class_stride(like, rows), y - k * CHUNK
+        room[0, lane], room[1, lane] = bits_float(address), bits_float(y)
+        room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k * CHUNK))
+    cuda.syncwarp()
+    return x

@@ -70,6 +70,8 @@ from ._memory import (
     zeros,
 )
 
+UNCOUNTED = -(2.0**40)  # below 0 whatever counts are added to it
+
 
 @device
 def thread_ring(ring, warp, capacity):
@@ -339,18 +341,18 @@ def exceeds(x, best):
 @device
 def put_scores(like, room, i, best, place, larger, clip, low, target, ranked):
     """room[3:5, i] = (the key of a chunk's largest logit, 2^31 - 1 for NaN, and below it where the first round begins
-    that holds it; how many logits are larger than the target, -1 if that is to be counted again)."""
+    that holds it; how many logits are larger than the target, UNCOUNTED if that is to be counted again)."""
     key = np.int32(0x7FFFFFFF) if best != best else np.int32(ordered_bits(best + ZERO))
     highest = warp_largest(key)
     first = -warp_largest(np.int32(-place if key == highest else -2 * CHUNK))
-    count = np.int64(0)
+    count = 0.0
     if ranked != 0:
-        count = warp_sum(np.int64(larger))
+        count = np.float64(warp_sum(larger))
         if clip == 0 or not target >= low + ONE:  # it was compared with logits that `low` had replaced, or NaN
-            count = np.int64(-1)
+            count = UNCOUNTED
     cuda.syncwarp()  # all have read the target
     if cuda.laneid == 0:
-        room[3, i], room[4, i] = bits_float(np.int64(highest) << 32 | np.int64(first)), np.float64(count)
+        room[3, i], room[4, i] = bits_float(np.int64(highest) << 32 | np.int64(first)), count
 
 
 @device

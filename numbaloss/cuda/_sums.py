@@ -34,6 +34,7 @@ from ._stream import start_chunks, sum_apart, sum_chunks, thread_ring
 
 SCORE_SHARED = RING + 5 * 32 * 8  # bytes of shared memory of a warp that sums in a stream and keeps largest logits too
 SUMS = 32  # bytes that load_sums reads
+NO_KEY = -0x8000000000000000  # below any of key_of
 
 
 def sums_of_rows(items, like, rows, labels, weights, ignore_index, out):
@@ -159,12 +160,13 @@ def prepare(like, rows, r, k, size, chunks, labels, weights, ignore_index, room)
 def leave_out(like, rows, r, i, chunks, room):
     """Makes a chunk to sum of that which holds the first of row r's largest logits, without it. The row's chunks are at
     i, i + 1, ... of the room, as put_scores left them; its class and the logit go to room[3:, i]."""
-    key, address = np.int64(-0x8000000000000000), row_address(rows, r)
+    key, address = np.int64(NO_KEY), row_address(rows, r)
     if cuda.laneid < chunks:
         key = key_of(room[3, i + cuda.laneid], np.int64(cuda.laneid))
     k = np.int32(chunk_of(warp_max(key)))
     begin = np.int64(k) * CHUNK
-    largest, where = largest_by(like, rows, address, begin, room[3, i + k])
+    largest, start = largest_found(like, rows, address, k, room[3, i + k])
+    where = round_place(like, rows, address, start, largest)
     cuda.syncwarp()
     if cuda.laneid == 0:
         room[3, i], room[4, i] = bits_float(where), np.float64(largest)
@@ -185,11 +187,10 @@ def chunk_of(key):
 
 
 @device
-def largest_by(like, rows, address, begin, found):
-    """(largest logit, its first class) of the chunk from class `begin` on, by what put_scores left of it."""
-    largest = key_value(compute_zero(like), np.int32(float_bits(found) >> 32))
+def largest_found(like, rows, address, k, found):
+    """(largest logit of chunk k, class where a round begins that holds it first), by what put_scores left of it."""
     place = (float_bits(found) & 0xFFFFFFFF) - first_position(like, address, class_stride(like, rows))[1]
-    return largest, round_place(like, rows, address, begin + max(place, np.int64(0)), largest)
+    return key_value(compute_zero(like), np.int32(float_bits(found) >> 32)), k * CHUNK + max(place, np.int64(0))
 
 
 @kernel(32, 16, 16, 8, shared=SCORE_SHARED)
@@ -217,13 +218,14 @@ def _join_parts(items, parts, like, rows, labels, weights, ignore_index, lse, su
     lane, r, stride = np.int64(cuda.laneid), np.int64(cuda.blockIdx.x), class_stride(like, rows)
     if not counts(r, labels, weights, ignore_index):
         return
-    chunks, key, address = (rows[5] + CHUNK - 1) // CHUNK, np.int64(-0x8000000000000000), row_address(rows, r)
+    chunks, key, address = (rows[5] + CHUNK - 1) // CHUNK, np.int64(NO_KEY), row_address(rows, r)
     parts += r * chunks * 24
     for k in range(lane, chunks, 32):
         key = max(key, key_of(load(0.0, parts + k * 24 + 16), k))
     apart = chunk_of(warp_max(key))
     begin, found = apart * CHUNK, load(0.0, parts + apart * 24 + 16)
-    largest, where = largest_by(like, rows, address, begin, found)
+    largest, start = largest_found(like, rows, address, apart, found)
+    where = round_place(like, rows, address, start, largest)
     classes, guess = min(np.int64(CHUNK), rows[5] - begin), guess_after(load(0.0, parts + apart * 24 + 8))
     others = chunk_sum(like, address + begin * stride, stride, classes, where - begin, guess)
     s, c = 0.0, -np.inf

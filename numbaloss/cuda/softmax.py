@@ -10,18 +10,17 @@ from numba import types
 from numba.extending import overload
 
 from .._check import NO_LABEL
-from .._intrinsics import at_least, bits_float, float_bits, select
-from .._scalar import CHUNK, LANES, others_of, others_to_target, row_entropy, scale_of, target_loss, target_lse, top_of
-from .._typed import compute_zero, grad_frame, grad_of, item_size, key_value, number, softmax_frame, softmax_of, widen
-from ._chunks import ALL, WARP, first_position, load_step, round_sum
+from .._intrinsics import bits_float, float_bits, select
+from .._scalar import CHUNK, LANES, others_of, others_to_target, scale_of, target_loss, top_of
+from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of
+from ._chunks import WARP, first_position, load_step, round_sum
 from ._columns import (
+    NARROW,
     ROOM_32,
     ROOM_64,
     bring_rows,
-    few_larger,
     few_largest,
     few_max,
-    few_moments,
     few_nan,
     few_sum,
     inverse_of,
@@ -50,24 +49,22 @@ from ._rows import (
     TEAMS,
     THREADS,
     class_stride,
-    first_nan,
     join_few,
     join_parts,
-    round_place,
+    look_up,
     row_address,
-    row_moments,
-    row_rank,
+    row_of,
     rows_from,
     rows_of_warps,
-    score_row,
+    target_of,
     team_of,
     teams,
     warps_for,
 )
+from ._scores import score as score
 from ._stream import start_chunks, sum_chunks, thread_ring
-from ._sums import SCORE_SHARED, SUMS, load_sums, row_sums, streams, sums_of_rows
+from ._sums import SUMS, load_sums, row_sums, sums_of_rows
 
-NARROW = 128  # classes up to which a row is a thread's
 SPREAD = 2 * CHUNK  # positions of a long row that a block writes
 STREAM_SHARED = RING + 4 * 32 * 8  # bytes of shared memory of a warp that sums chunks in a stream
 NOTE = 7  # numbers that a warp which writes gradients keeps of its row
@@ -103,16 +100,6 @@ def loss_of(like, s, c, x):
     return number(like, target_loss(others_to_target(s, c, x, full), s, c, x, full))
 
 
-@device
-def loss_and_lse(like, s, c, x):
-    """The loss of a target whose logit is x, the others summing to s * e^c, in float64, and the logarithm of the whole
-    sum as it is stored; NaN and anything for a row without a softmax."""
-    full = item_size(like) == 8
-    u = others_to_target(s, c, x, full)
-    loss = target_loss(u, s, c, x, full)
-    return loss, number(like, target_lse(u, s, c, x, loss, full))
-
-
 # -- sparse labels -----------------------------------------------------------------------------------------------
 
 
@@ -134,47 +121,6 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     parts, chunks_of_warp = kept(cupy.empty((items * chunks, 2))), (items * chunks, parts_each, chunks)
     launch(_chunk_sums.of(like), more_blocks, 32, loss, *chunks_of_warp, *arguments, address(parts))
     return launch(_join_sums.of(like), items, 32, loss, items, address(parts), *arguments, address(loss))
-
-
-@device
-def row_of(like, rows, r, labels, weights, ignore_index):
-    """(address of row r, its label); (0, 0) if the label is out of range, (0, -1) if the row does not count."""
-    if not counts(r, labels, weights, ignore_index):
-        return np.int64(0), np.int64(-1)
-    y = label_at(labels, r)
-    if not 0 <= y < rows[5]:
-        return np.int64(0), np.int64(0)
-    return row_address(rows, r), y
-
-
-@device
-def target_of(like, rows, address, y):
-    """The logit of a target, by row_of; NaN for a label out of range, 0 for a row that does not count."""
-    if address == 0:
-        return np.nan if y == 0 else 0.0
-    return np.float64(widen(load(like, address + y * class_stride(like, rows))))
-
-
-@device
-def look_up(like, rows, r, k, size, chunks, labels, weights, ignore_index, room):
-    """room[:3, i] of this warp = (address, label, classes) of the i-th chunk from chunk k of row r on, the label as it
-    counts there. Gives the target of this thread's chunk, if that is the first one of a row."""
-    lane, x = np.int32(cuda.laneid), 0.0
-    if lane < size:
-        k += lane
-        if chunks == 1:
-            r, k = r + k, np.int64(0)
-        while k >= chunks:  # up to 16 times: a division of 64 bits takes longer
-            r, k = r + 1, k - chunks
-        address, y = row_of(like, rows, r, labels, weights, ignore_index)
-        if k == 0:
-            x = target_of(like, rows, address, y)
-        if address != 0:
-            address, y = address + k * CHUNK * class_stride(like, rows), y - k * CHUNK
-        room[0, lane], room[1, lane] = bits_float(address), bits_float(y)
-        room[2, lane] = bits_float(min(np.int64(CHUNK), rows[5] - k * CHUNK))
-    cuda.syncwarp()
-    return x
 
 
 @device
@@ -471,62 +417,6 @@ def _narrow_normalize(items, pitch, like, rows, logarithm, out):
     take_rows(like, size, classes, pitch, room, out + first * classes * item_size(compute_zero(like)))
 
 
-def score_threads(like, classes):
-    """threads_of for rows with room for half of their lanes; (0, _) where narrow_score would have too few threads."""
-    if classes > NARROW:
-        return 0, 0
-    return threads_of(like, classes + max(1, 1 << (classes - 1).bit_length() >> 1))
-
-
-def narrow_score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
-    """As score, for few classes."""
-    threads, pitch = score_threads(like, rows[5])
-    fields = (address(x) for x in (logprob, lse, argmax, rank, entropy))
-    arguments = items, pitch, like, rows, operand(labels), operand(weights), ignore_index, *fields
-    return launch(_narrow_score.of(like), -(-items // threads), threads, logprob, *arguments)
-
-
-@kernel(256)
-def _narrow_score(items, pitch, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
-    """A thread takes a row from shared memory, where it has room for half of the lanes behind the row."""
-    classes, thread = rows[5], np.int64(cuda.threadIdx.x)
-    first = np.int64(cuda.blockIdx.x) * cuda.blockDim.x
-    size = min(np.int64(cuda.blockDim.x), items - first)
-    full, low = item_size(like) == 8, number(like, -np.inf)
-    room_32, room_64 = cuda.shared.array(ROOM_32, types.float32), cuda.shared.array(ROOM_64, types.float64)
-    room = room_of(like, room_32, room_64)
-    bring_rows(like, rows, first, size, pitch, room)
-    if thread < size:
-        r, at, count = first + thread, place_of(thread, pitch), np.int32(classes)
-        to, y, where, larger, value = np.int32(at + count), np.int64(-1), np.int32(-1), np.int32(-1), number(like, 0.0)
-        if counts(r, labels, weights, ignore_index):
-            y, value = label_at(labels, r), number(like, np.nan)
-        row_lse, spread = value, value
-        if 0 <= y < classes:
-            target = room[at + y]
-            room[at + y] = low
-            s, c = few_sum(like, room, at, count, few_max(like, room, at, count), to)
-            room[at + y] = target
-            loss, row_lse = loss_and_lse(like, s, c, np.float64(target))
-            value = number(like, 0.0 - loss)
-            largest, where, others = few_largest(like, room, at, count)
-            if loss != loss:  # a row that is all -inf or holds +inf or NaN
-                nan = few_nan(room, at, count)
-                where = nan if nan >= 0 else where
-                row_lse = largest if nan < 0 else number(like, np.nan)
-            if rank != 0:
-                larger = few_larger(room, at, count, target)
-            if entropy != 0:
-                spread = number(like, np.nan)
-                if -np.inf < row_lse < np.inf:
-                    room[np.uint64(at + where)] = low
-                    s, c, b = few_moments(like, room, at, count, others, to)
-                    spread = number(like, row_entropy(s, c, b, np.float64(largest), full))
-        put(like, r, value, row_lse, np.int64(where), np.int64(larger), logprob, lse, argmax, rank)
-        if entropy != 0:
-            store(entropy + r * item_size(compute_zero(like)), spread)
-
-
 def narrow_logsumexp(items, like, rows, lse):
     """As logsumexp, for up to NARROW classes."""
     threads, pitch = threads_of(like, rows[5])
@@ -558,161 +448,7 @@ def _narrow_logsumexp(items, pitch, like, rows, lse):
         store(lse + (first + thread) * item_size(compute_zero(like)), number(like, value))
 
 
-# -- scores, logsumexp, softmax ----------------------------------------------------------------------------------
-
-
-def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
-    """What a row tells of its target; `rank` and `entropy` are arrays, or None."""
-    if score_threads(like, rows[5])[0]:
-        return narrow_score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy)
-    rows, chunks = with_known_stride(like, rows), -(-rows[5] // CHUNK)
-    fields = (address(x) for x in (logprob, lse, argmax, rank))
-    arguments = like, rows, operand(labels), operand(weights), ignore_index, *fields
-    blocks, group = rows_of_warps(items, chunks, resident(_stream_score.of(like), logprob), 2)
-    if group and streams(like, rows, LANES):
-        launch(_stream_score.of(like), blocks, 32, logprob, items, group, chunks, 32 // chunks, *arguments)
-    else:
-        launch(_score.of(like), *teams(items, rows[5]), logprob, items, *arguments)
-    if entropy is not None:
-        arguments = items, like, rows, *(address(x) for x in (logprob, lse, argmax, entropy))
-        launch(_entropy.of(like), *teams(items, rows[5]), logprob, *arguments)
-    return 0
-
-
-@kernel(THREADS)
-def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank):
-    """A team takes a row, from memory once and then from the caches."""
-    room = cuda.shared.array((3, PARTS), types.float64)
-    r, warp, _ = team_of(rows[5])
-    if r >= items:
-        return
-    first = warp == 0 and cuda.laneid == 0
-    address, y = row_of(like, rows, r, labels, weights, ignore_index)
-    if address == 0:
-        if first:
-            value = number(like, np.nan if y == 0 else 0.0)
-            put(like, r, value, value, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
-        return
-    target = widen(load(like, address + y * class_stride(like, rows)))
-    s, c, largest, where, larger = score_row(like, rows, address, y, target, rank != 0, room)
-    loss, row_lse = loss_and_lse(like, s, c, np.float64(target))
-    if loss != loss:  # a row that is all -inf or holds +inf or NaN
-        nan = first_nan(like, rows, address, room)
-        where = nan if nan >= 0 else where
-        row_lse = largest if nan < 0 else number(like, np.nan)
-    if first:
-        put(like, r, number(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
-
-
-@kernel(32, 16, 16, 8, shared=SCORE_SHARED)
-def _stream_score(items, group, chunks, at_once, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank):
-    """As _score for rows of up to 32 chunks, classes side by side, by warps of their own, as in _sparse_xent: with the
-    sum of a chunk comes its largest logit and the round that holds it first, which is read again for the class."""
-    room, lane = cuda.shared.array((5, 32), types.float64), np.int32(cuda.laneid)
-    ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
-    done = np.int64(0)
-    while done < group:
-        first, size = rows_from(done, group, items, at_once)
-        x = look_up(like, rows, first, np.int64(0), size * chunks, chunks, labels, weights, ignore_index, room)
-        ahead = start_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING)
-        room[4, lane] = cuda.shfl_sync(ALL, x, lane // np.int32(chunks) * np.int32(chunks))
-        cuda.syncwarp()
-        sum_chunks(like, rows[4], np.int32(size * chunks), room, ring, RING, ahead, rank)
-        done = anew(done)
-        first, size = rows_from(done, group, items, at_once)
-        y, x, start, value, larger = row_scores(
-            like, rows, first, size, chunks, labels, weights, ignore_index, room, logprob, lse, argmax, rank
-        )
-        cuda.syncwarp()
-        room[0, lane], room[1, lane], room[2, lane] = bits_float(start), bits_float(y), np.float64(value)
-        room[3, lane], room[4, lane] = np.float64(x), bits_float(larger)
-        cuda.syncwarp()
-        for k in range(size):
-            find_largest(like, rows, first + k, room[:, k], argmax, rank)
-        cuda.syncwarp()
-        done += at_once
-
-
-@device
-def row_scores(like, rows, first, size, chunks, labels, weights, ignore_index, room, logprob, lse, argmax, rank):
-    """Writes the scores of row first + i, a thread a row, from what _stream_score has in room[:, i * chunks] and so on.
-    Gives (target, its logit, where a round begins that holds the largest other logit first, or -1 if the target is the
-    only largest; that logit; how many are larger, or -1 if they are to be counted)."""
-    zero, r = compute_zero(like), first + cuda.laneid
-    y, start, larger, x, value = np.int64(-1), np.int64(-1), np.int64(0), zero, zero
-    if cuda.laneid < size:
-        i, key = np.int32(cuda.laneid * chunks), np.int64(-0x80000000)
-        address, y = row_of(like, rows, r, labels, weights, ignore_index)
-        x = number(like, target_of(like, rows, address, y))
-        if address == 0:
-            put(like, r, x, x, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
-        else:
-            begin = first_position(like, address, class_stride(like, rows))[1]
-            for k in range(chunks):
-                word, part = float_bits(room[3, i + k]), np.int64(room[4, i + k])
-                if word >> 32 > key:
-                    key = word >> 32
-                    start = np.int64(k) * CHUNK + max((word & 0xFFFFFFFF) - begin, np.int64(0))
-                larger = np.int64(-1) if larger < 0 or part < 0 else larger + part
-            value = key_value(zero, np.int32(key))
-            s, c = join_few(room, i, np.int32(i + chunks))
-            loss, row_lse = loss_and_lse(like, s, c, np.float64(x))
-            if loss != loss:  # a row that is all -inf or holds +inf or NaN
-                row_lse = at_least(value, x)
-            if x > value or (x != x and value == value):
-                start = np.int64(-1)
-            put(like, r, number(like, 0.0 - loss), row_lse, y, larger, logprob, lse, argmax, rank)
-    return y, x, start, value, larger
-
-
-@device
-def find_largest(like, rows, r, found, argmax, rank):
-    """Writes what row_scores left open for row r: the class of the largest logit, and the rank, by the whole warp."""
-    start, y, value, x = float_bits(found[0]), float_bits(found[1]), number(like, found[2]), number(like, found[3])
-    address = row_address(rows, r)
-    if start >= 0:
-        where = round_place(like, rows, address, start, value)
-        if x == value or x != x:
-            where = min(where, y)
-        if cuda.laneid == 0:
-            store(argmax + r * 8, where)
-    if float_bits(found[4]) < 0:
-        larger = row_rank(like, rows, address, x)
-        if cuda.laneid == 0:
-            store(rank + r * 8, larger)
-
-
-@device
-def put(like, r, value, row_lse, where, larger, logprob, lse, argmax, rank):
-    """Write what _score found for row r."""
-    size = item_size(compute_zero(like))
-    store(logprob + r * size, value)
-    store(lse + r * size, row_lse)
-    store(argmax + r * 8, where)
-    if rank != 0:
-        store(rank + r * 8, larger)
-
-
-@kernel(THREADS, 3, 3, 2)
-def _entropy(items, like, rows, logprob, lse, argmax, entropy):
-    """entropy[r] by what _score found: a team sums row r without its largest logit, twice a chunk."""
-    room = cuda.shared.array((3, PARTS), types.float64)
-    zero, size = compute_zero(like), item_size(compute_zero(like))
-    r, warp, _ = team_of(rows[5])
-    if r >= items:
-        return
-    where, row_lse = load(np.int64(0), argmax + r * 8), load(zero, lse + r * size)
-    if where < 0:  # not looked at
-        value = np.float64(load(zero, logprob + r * size))
-    elif not -np.inf < row_lse < np.inf:
-        value = np.nan
-    else:
-        address = row_address(rows, r)
-        s, c, b = row_moments(like, rows, address, where, room)
-        largest = np.float64(widen(load(like, address + where * class_stride(like, rows))))
-        value = row_entropy(s, c, b, largest, item_size(like) == 8)
-    if warp == 0 and cuda.laneid == 0:
-        store(entropy + r * size, number(like, value))
+# -- logsumexp, softmax -------------------------------------------------------------------------------------------
 
 
 def logsumexp(work, items, like, rows, lse):
