@@ -99,7 +99,7 @@ def test_softmax_gradients(function):
             if name == "weights":  # the entry of a weight of 0 is 0
                 counts = arrays["weights"] != 0
                 wrong = not within(got[counts], exact[counts], tol["rtol"], tol["atol"]) or np.any(got[~counts])
-                recorded = np.where(counts, recorded, 0) if recorded is not None else None
+                recorded = np.where(counts, recorded, recorded.dtype.type(0)) if recorded is not None else None
             else:
                 scale = label_terms(arrays, axis, upstream) if name == "labels" else along_rows(exact, axis)
                 kind = result_dtype(arrays["logits"].dtype)  # float64 labels of float32 logits get its accuracy

@@ -136,7 +136,7 @@ def test_softmax_loss_function():
 
     for code in LEGAL:
         got = nl.sequence_loss(logits, targets, weights, **flags(code), softmax_loss_function=doubled)
-        expected = 2 * nl.sequence_loss(logits, targets, weights, **flags(code))
+        expected = np.float32(2) * nl.sequence_loss(logits, targets, weights, **flags(code))
         assert_same_bits(got, expected)
     labels, flat = calls[0]
     assert labels.shape == (6,) and flat.shape == (6, 5)

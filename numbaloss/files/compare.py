@@ -9,8 +9,9 @@ import numpy as np
 
 from .. import score_tokens
 from ..divergence import _divergences
+from ..totals import exp
 from .blocks import Task
-from .measures import Mean, Quantiles, TopK, Worst, checked_ks, exp
+from .measures import Mean, Quantiles, TopK, Worst, checked_ks
 from .run import Pass, rehearse
 
 DIVERGENCES = "kl", "reverse_kl", "js"
@@ -140,7 +141,7 @@ class _Differences:
         a, b = base.logprob[at].astype(np.float64), candidate.logprob[at].astype(np.float64)
         with np.errstate(invalid="ignore"):
             measures["difference"].add(a - b, weights)
-        measures["squares"].add((np.exp(a) - np.exp(b)) ** 2, weights)
+        measures["squares"].add((exp(a) - exp(b)) ** 2, weights)
 
     def result(self, run):
         """A Comparison of the rows so far."""
@@ -154,7 +155,7 @@ class _Differences:
             for name in ("base", "candidate"):
                 fields[name] = measures[name].evaluation.result()._asdict()
             mean, error, _ = measures["difference"].result()
-            fields["difference"] = {"mean": mean, "standard_error": error, "perplexity_ratio": exp(mean)}
+            fields["difference"] = {"mean": mean, "standard_error": error, "perplexity_ratio": float(exp(mean))}
             fields["rms_probability_change"] = math.sqrt(measures["squares"].result()[0])
         has_details = "worst" in measures
         return Comparison(

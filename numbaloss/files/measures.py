@@ -11,6 +11,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from .. import Evaluation, cross_entropy
+from ..totals import exp
 
 POSITIONS = 256  # at most: of longer sequences, neighbours count together
 BINS = 15  # of confidence, of equal width
@@ -99,7 +100,7 @@ class ByGroup:
         rows, spread = [], 0.0
         for group, (n, w, loss, correct) in sorted(self.sums.items()):
             own = loss / w if w else math.nan
-            row = {"group": group, "tokens": int(n), "weight": w, "loss": own, "perplexity": exp(own)}
+            row = {"group": group, "tokens": int(n), "weight": w, "loss": own, "perplexity": float(exp(own))}
             rows.append(row | {"accuracy": correct / w if w else math.nan})
             spread += (loss - mean * w) * (loss - mean * w)  # ** raises where this is infinite
         n = len(rows)
@@ -250,7 +251,7 @@ class Temperature(Arrays):
         if not len(rows):
             return
         x, y, w = logits[rows], y[rows], weights[rows]
-        losses = [cross_entropy(x, y, temperature=math.exp(self.SPAN * t), reduction="none") for t in self.x]
+        losses = [cross_entropy(x, y, temperature=t, reduction="none") for t in exp(self.SPAN * self.x)]
         for weight, loss in zip(w, np.stack(losses, -1).astype(np.float64)):
             self.weight += weight
             self.losses += weight * loss
@@ -274,7 +275,7 @@ class Temperature(Arrays):
         slopes = chebyshev.chebval(best, chebyshev.chebder(basis))
         curvature = chebyshev.chebval(best, chebyshev.chebder(mean, 2))
         error = math.sqrt(max(0.0, slopes @ self.squares @ slopes)) / self.weight[0] / curvature
-        return [math.exp(self.SPAN * (best + k * 1.96 * error)) for k in (0, -1, 1)]
+        return exp(self.SPAN * (best + np.array([0, -1, 1]) * 1.96 * error)).tolist()
 
 
 def checked_ks(top_k):
@@ -283,9 +284,3 @@ def checked_ks(top_k):
     if any(k < 1 for k in ks):
         raise ValueError(f"top_k: expected numbers from 1 on, got {ks}")
     return ks
-
-
-def exp(x):
-    """e^x; inf where that is too large."""
-    with np.errstate(over="ignore"):
-        return float(np.exp(x))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import score_tokens
+from ..totals import exp
 from .blocks import Task
 from .measures import ByGroup, ByPosition, Calibration, Mean, Temperature, TopK, Worst, checked_ks
 from .run import Output, Pass, rehearse
@@ -152,7 +153,7 @@ class _Scores:
         if "calibration" in measures:
             top = block.logits[0][at, scores.argmax[at]].astype(np.float64)
             with np.errstate(invalid="ignore"):
-                confidence = np.exp(top - scores.logsumexp[at])
+                confidence = exp(top - scores.logsumexp[at])
             measures["calibration"].add(confidence, correct, weights)
             every = np.ones(len(block.y)) if block.weights is None else block.weights
             measures["temperature"].add(block.first, block.logits[0], block.y, every)
