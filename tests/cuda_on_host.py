@@ -73,7 +73,7 @@ def to_cupy(x):
     x = np.asarray(x)
     if x.size == 0:
         return cupy.empty(x.shape, x.dtype)
-    low, high = np.lib.array_utils.byte_bounds(x)
+    low, high = getattr(np.lib, "array_utils", np).byte_bounds(x)  # its place in NumPy 2, or 1
     address = x.__array_interface__["data"][0]
     if ON_DEVICE:
         memory = cupy.cuda.alloc(high - low)

@@ -198,6 +198,16 @@ def test_unaligned_rows(dtype, offset):
         check(none, x, y)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [3, 300])
+def test_losses_that_are_too_small(dtype, classes):
+    """Minus 0 is 0 in a log-probability."""
+    x = np.full((2, classes), -200, dtype)
+    x[:, 1] = 0
+    check(scores, x, np.array([1, 1]))
+    check(nl.token_logprobs, x, np.array([1, 1]))
+
+
 @pytest.mark.parametrize("classes", [300, 1100, 1101, 9001])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_rows_in_a_stream(dtype, classes):
@@ -236,6 +246,7 @@ def test_scores_in_a_stream(dtype, classes, begin):
     x[50, ::2], x[50, 1::2] = 0, -0.0
     x[51], x[52] = x[51] - 300, x[52] * 200
     y[53], y[54], y[55] = -100, classes, -3
+    x[56], x[56, y[56]] = -200, 0
     with host.on_host(launches=(launches := [])):
         check(scores, x, y)
         check(nl.logsumexp, x)
@@ -253,6 +264,7 @@ def test_scores_of_few_rows(dtype):
     y[:4] = 16_000, 9000, 12_000, 8191
     x[3, 8191], x[4, y[4]], x[5, 9], x[6, 8500], x[7] = 31, -300, INF, NAN, -INF
     y[8], y[9] = -100, 17_000
+    x[10], x[10, y[10]] = -200, 0
     long = make_logits(1, 65 * 8192 - 100, dtype)
     long[0, 300_000] = long[0, -1] = 30
     with host.on_host(launches=(launches := [])):

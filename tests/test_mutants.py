@@ -184,6 +184,12 @@ MUTANTS = {
         "where = where + 0",
         "test_cuda.py::test_scores_in_a_stream[bfloat16-9001-3]",
     ),
+    "a log-probability of -0": (
+        "cpu/softmax.py",
+        "compute_zero(like) - number(like, loss)",
+        "0.0 - loss",
+        "test_softmax.py::test_losses_that_are_too_small[9000-float32]",
+    ),
     "CUDA: a rank by the first chunks": (
         "cuda/_scores.py",
         "larger + load(0.0, at + 24)",

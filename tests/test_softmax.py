@@ -95,6 +95,16 @@ def test_softmax_functions(problem):
     assert_close(nl.logsumexp(logits), lse, 2 * BAR, np.maximum(top, np.abs(lse)), what="logsumexp")
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("classes", [3, 300, 1100, 9000])
+def test_losses_that_are_too_small(classes, dtype):
+    """A log-probability is 0 minus the loss as it is returned, which may be 0: it is never -0."""
+    x = np.full((2, classes), -800 if dtype == np.float64 else -200, dtype)
+    x[:, 1] = 0
+    assert_same_bits(nl.score_tokens(x, [1, 1]).logprob, np.zeros(2, result_dtype(dtype)))
+    assert_same_bits(nl.token_logprobs(x, [1, 1]), np.zeros(2, result_dtype(dtype)))
+
+
 @given(problems())
 @settings(max_examples=100)
 def test_score_tokens(problem):

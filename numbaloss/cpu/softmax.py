@@ -17,7 +17,7 @@ from .._scalar import (
     target_lse,
     top_of,
 )
-from .._typed import compute_zero, grad_frame, grad_of, item_size, softmax_frame, softmax_of, widen
+from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of, widen
 from .._vector import WIDTH
 from ._chunks import NO_GUESS, chunk_sum
 from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum_columns, sum_pairs, take_targets
@@ -354,7 +354,7 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
                 x = np.float64(target)
                 u = others_to_target(s, c, x, full)
                 loss = target_loss(u, s, c, x, full)
-                logprob[r], lse[r] = 0.0 - loss, target_lse(u, s, c, x, loss, full)
+                logprob[r], lse[r] = compute_zero(like) - number(like, loss), target_lse(u, s, c, x, loss, full)
                 largest, argmax[r] = row_max(like, rows, address, spare)
                 if loss != loss:  # a row that is all -inf or holds +inf or NaN
                     nan = first_nan(like, rows, address)

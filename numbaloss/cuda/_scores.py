@@ -55,13 +55,13 @@ PART = 32  # bytes that _part_scores leaves of a chunk
 
 
 @device
-def loss_and_lse(like, s, c, x):
-    """The loss of a target whose logit is x, the others summing to s * e^c, in float64, and the logarithm of the whole
-    sum as it is stored; NaN and anything for a row without a softmax."""
+def logprob_and_lse(like, s, c, x):
+    """The log-probability of a target whose logit is x, the others summing to s * e^c, and the logarithm of the whole
+    sum; NaN and anything for a row without a softmax."""
     full = item_size(like) == 8
     u = others_to_target(s, c, x, full)
     loss = target_loss(u, s, c, x, full)
-    return loss, number(like, target_lse(u, s, c, x, loss, full))
+    return compute_zero(like) - number(like, loss), number(like, target_lse(u, s, c, x, loss, full))
 
 
 def score(work, items, like, rows, labels, weights, ignore_index, logprob, lse, argmax, rank, entropy):
@@ -111,13 +111,13 @@ def _score(items, like, rows, labels, weights, ignore_index, logprob, lse, argma
         return
     target = widen(load(like, address + y * class_stride(like, rows)))
     s, c, largest, where, larger = score_row(like, rows, address, y, target, rank != 0, room)
-    loss, row_lse = loss_and_lse(like, s, c, np.float64(target))
-    if loss != loss:  # a row that is all -inf or holds +inf or NaN
+    value, row_lse = logprob_and_lse(like, s, c, np.float64(target))
+    if value != value:  # a row that is all -inf or holds +inf or NaN
         nan = first_nan(like, rows, address, room)
         where = nan if nan >= 0 else where
         row_lse = largest if nan < 0 else number(like, np.nan)
     if first:
-        put(like, r, number(like, 0.0 - loss), row_lse, where, larger, logprob, lse, argmax, rank)
+        put(like, r, value, row_lse, where, larger, logprob, lse, argmax, rank)
 
 
 @kernel(32, 16, 16, 8, shared=SCORE_SHARED)
@@ -174,13 +174,13 @@ def row_scores(like, rows, first, size, chunks, labels, weights, ignore_index, r
 
 
 @device
-def put_score(like, r, s, c, x, y, value, larger, logprob, lse, argmax, rank):
-    """Write the scores of a row whose target has the logit x, the others the sum s * e^c and the largest logit `value`,
-    as if the target were the largest."""
-    loss, row_lse = loss_and_lse(like, s, c, np.float64(x))
-    if loss != loss:  # a row that is all -inf or holds +inf or NaN
-        row_lse = at_least(value, x)
-    put(like, r, number(like, 0.0 - loss), row_lse, y, np.int64(larger), logprob, lse, argmax, rank)
+def put_score(like, r, s, c, x, y, largest, larger, logprob, lse, argmax, rank):
+    """Write the scores of a row as if its target, with the logit x, were the largest; the others have the sum s * e^c
+    and the largest logit `largest`."""
+    value, row_lse = logprob_and_lse(like, s, c, np.float64(x))
+    if value != value:  # a row that is all -inf or holds +inf or NaN
+        row_lse = at_least(largest, x)
+    put(like, r, value, row_lse, y, np.int64(larger), logprob, lse, argmax, rank)
 
 
 @device
@@ -319,10 +319,9 @@ def _narrow_score(items, pitch, like, rows, labels, weights, ignore_index, logpr
             room[at + y] = low
             s, c = few_sum(like, room, at, count, few_max(like, room, at, count), to)
             room[at + y] = target
-            loss, row_lse = loss_and_lse(like, s, c, np.float64(target))
-            value = number(like, 0.0 - loss)
+            value, row_lse = logprob_and_lse(like, s, c, np.float64(target))
             largest, where, others = few_largest(like, room, at, count)
-            if loss != loss:  # a row that is all -inf or holds +inf or NaN
+            if value != value:  # a row that is all -inf or holds +inf or NaN
                 nan = few_nan(room, at, count)
                 where = nan if nan >= 0 else where
                 row_lse = largest if nan < 0 else number(like, np.nan)
