@@ -51,7 +51,7 @@ from ._rows import (
 from ._stream import start_chunks, sum_chunks, thread_ring
 from ._sums import NO_KEY, SCORE_SHARED, chunk_of, key_of, largest_found, streams
 
-PART = 32  # bytes that _part_scores leaves of a chunk
+PART_BYTES = 32  # that _part_scores leaves of a chunk
 
 
 @device
@@ -90,7 +90,7 @@ def stream_score(items, out, like, rows, labels, weights, ignore_index, fields):
         rows_of_warp = items, group, chunks, 32 // chunks
         return launch(_stream_score.of(like), blocks, 32, out, *rows_of_warp, *arguments, *fields)
     blocks, group = warps_for(items * chunks, 1, most)
-    parts, chunks_of_warp = kept(cupy.empty((items * chunks, PART // 8))), (items * chunks, group, chunks)
+    parts, chunks_of_warp = kept(cupy.empty((items * chunks, PART_BYTES // 8))), (items * chunks, group, chunks)
     launch(_part_scores.of(like), blocks, 32, out, *chunks_of_warp, *arguments, fields[-1], address(parts))
     return launch(_join_scores.of(like), items, 32, out, items, address(parts), *arguments, *fields)
 
@@ -203,7 +203,7 @@ def find_largest(like, rows, r, start, y, value, x, larger, argmax, rank):
 @kernel(32, 16, 16, 8, shared=SCORE_SHARED)
 def _part_scores(items, group, chunks, like, rows, labels, weights, ignore_index, rank, parts):
     """Few rows, or more chunks than 32: as _stream_score, but for `group` chunks, of one row or of several. parts[i] =
-    (s, c, what put_scores left, twice) of chunk i."""
+    (s, c, both numbers of put_scores) of chunk i."""
     room, lane = cuda.shared.array((5, 32), types.float64), np.int32(cuda.laneid)
     ring = thread_ring(cuda.shared.array(RING_ITEMS, types.float64, 16), 0, RING)
     first = np.int64(cuda.blockIdx.x) * group
@@ -214,7 +214,7 @@ def _part_scores(items, group, chunks, like, rows, labels, weights, ignore_index
     cuda.syncwarp()
     sum_chunks(like, rows[4], size, room, ring, RING, ahead, rank)
     if lane < size:
-        at = parts + (first + lane) * PART
+        at = parts + (first + lane) * PART_BYTES
         store(at, room[0, lane])
         store(at + 8, room[1, lane])
         store(at + 16, room[3, lane])
@@ -232,19 +232,19 @@ def _join_scores(items, parts, like, rows, labels, weights, ignore_index, logpro
         if lane == 0:
             put(like, r, x, x, np.int64(-1), np.int64(-1), logprob, lse, argmax, rank)
         return
-    parts += r * chunks * PART
+    parts += r * chunks * PART_BYTES
     s, c, key, larger = 0.0, -np.inf, np.int64(NO_KEY), 0.0
     for first in range(0, chunks, PARTS):
         count = np.int32(min(PARTS, chunks - first))
         for i in range(lane, count, 32):
-            at = parts + (first + i) * PART
+            at = parts + (first + i) * PART_BYTES
             room[0, i], room[1, i] = load(0.0, at), load(0.0, at + 8)
             key, larger = max(key, key_of(load(0.0, at + 16), first + i)), larger + load(0.0, at + 24)
         cuda.syncwarp()
         s, c = join_parts(room, count, s, c)
         cuda.syncwarp()
     k, larger = chunk_of(warp_max(key)), warp_sum(larger)
-    value, start = largest_found(like, rows, address, k, load(0.0, parts + k * PART + 16))
+    value, start = largest_found(like, rows, address, k, load(0.0, parts + k * PART_BYTES + 16))
     if lane == 0:
         put_score(like, r, s, c, x, y, value, larger, logprob, lse, argmax, rank)
     find_largest(like, rows, r, start, y, value, x, larger, argmax, rank)
