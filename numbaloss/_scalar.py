@@ -112,6 +112,13 @@ def exp_64(x):
 
 
 @scalar
+def exp_any(x):
+    """exp(x): 1 ulp up to x = 660, 3 ulp beyond; infinite where that is too large; NaN for NaN."""
+    half = exp_64(0.5 * x)
+    return select(x <= 660.0, exp_64(x), select(x == x, half * half, x))
+
+
+@scalar
 def exp_short(x):
     """exp(x) for x <= 60, relative error 1.1e-10, 0 below -708.8: enough where the result becomes a float32."""
     m = MAGIC_64 + BIAS_64

@@ -190,6 +190,18 @@ MUTANTS = {
         "0.0 - loss",
         "test_softmax.py::test_losses_that_are_too_small[9000-float32]",
     ),
+    "CUDA: a log-probability of -0": (
+        "cuda/_scores.py",
+        "compute_zero(like) - number(like, loss)",
+        "number(like, 0.0 - loss)",
+        "test_cuda.py::test_losses_that_are_too_small[300-float32]",
+    ),
+    "a large exponential that is cut off": (
+        "_scalar.py",
+        "select(x <= 660.0, exp_64(x), ",
+        "select(x <= 1e9, exp_64(x), ",
+        "test_totals.py::test_exponentials",
+    ),
     "CUDA: a rank by the first chunks": (
         "cuda/_scores.py",
         "larger + load(0.0, at + 24)",

@@ -6,8 +6,8 @@ from numba.extending import overload
 
 from .._check import CLASS_FACTORS, NO_LABEL, NONZERO_OR_NONE
 from .._exact import CARRY_EVERY, WORDS, carry, number_words, quotient, round_sum
-from .._intrinsics import rounded_product, select
-from .._scalar import exp_64, focal_row, focal_row_slope
+from .._intrinsics import rounded_product
+from .._scalar import exp_any, focal_row, focal_row_slope
 from ._launch import Kernel
 from ._memory import write
 
@@ -250,12 +250,11 @@ round_total = Kernel(_round_total)
 
 
 def _exponentials(blocks, x, out):
-    """out[i] = exp(x[i]): 1 ulp up to x[i] = 660, 3 ulp beyond; infinite where that is too large; NaN for NaN."""
+    """out[i] = exp(x[i])."""
     n = x.size
     for block in prange(blocks):
         for i in range(block * n // blocks, (block + 1) * n // blocks):
-            half = exp_64(0.5 * x[i])
-            out[i] = select(x[i] <= 660.0, exp_64(x[i]), select(x[i] == x[i], half * half, x[i]))
+            out[i] = exp_any(x[i])
 
 
 exponentials = Kernel(_exponentials)
