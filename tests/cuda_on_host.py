@@ -117,7 +117,7 @@ def ascontiguousarray(x, dtype=None):
 
 
 @contextlib.contextmanager
-def on_host(order=None, launches=None):
+def on_host(order=None, launches=None, races=False):
     """CuPy's allocations come from host memory and kernels run in simt; `launches` collects (name, blocks, threads).
     Nothing changes where there is a device."""
     if ON_DEVICE:
@@ -133,7 +133,7 @@ def on_host(order=None, launches=None):
                 launches.append((kernel.py_func.__name__, blocks, threads))
             rest = iter(numbers)
             args = [next(rest) if n is None else tuple(itertools.islice(rest, n)) for n in sizes]
-            simt.launch(kernel, blocks, threads, args, order, kernel.room * threads // 32)
+            simt.launch(kernel, blocks, threads, args, order, kernel.room * threads // 32, races)
 
         return start
 
@@ -401,22 +401,17 @@ def copy_ahead_part(like, where, address, left):
     """Every second round is copied at once, the others not before they are awaited: so a place that is still to be read
     shows, and a round that is not awaited. `copies` of a thread are its rounds, the last one not ended."""
     ring, place = _ring(where)
-    rounds, me = _copies(), simt.getcurrent()
+    rounds, early = _copies(), simt.getcurrent().rounds % 2
     for g in range(WIDTH // per_load(like)):
         if int(left) - _memory.APART * g >= 16:
             at = int(address) + _memory.APART * g
             if at % 16:
                 raise simt.SimError(f"a copy from {at:#x}, which is no multiple of 16")
-            source = MEMORY.view(at, 16, 16)
-            rounds[-1].append((ring, place + _memory.APART * g, source))
-    if me.rounds % 2:
-        _copy(rounds[-1])
-
-
-def _copy(pieces):
-    for ring, offset, source in pieces:
-        ring[offset : offset + source.size] = source
-    pieces.clear()
+            target, source = ring[place + _memory.APART * g :][:16], MEMORY.view(at, 16, 16)
+            simt.touch(target, simt.COPIES)
+            if early:
+                target.view(np.ndarray)[:] = source
+            rounds[-1].append((target, None if early else source))
 
 
 def _copies():
@@ -436,7 +431,8 @@ def end_of_round():
 def await_oldest(like, capacity):
     rounds, under_way = _copies(), int(capacity) // (32 * WIDTH * dtype_of(like).itemsize) - 1
     while len(rounds) - 1 > under_way:
-        _copy(rounds.pop(0))
+        for target, source in rounds.pop(0):
+            target[:] = target if source is None else source
 
 
 @twin(_memory.store_ring)
@@ -462,7 +458,9 @@ def hide_load(like, where):
 def load_ring(like, where):
     ring, place = _ring(where)
     loads = [ring[place + _memory.APART * g :][:16] for g in range(WIDTH // per_load(like))]
-    return widened(np.concatenate(loads).view(dtype_of(like)))
+    for x in loads:
+        simt.touch(x, simt.READS)
+    return widened(np.concatenate([x.view(np.ndarray) for x in loads]).view(dtype_of(like)))
 
 
 def _pair(words, like):

@@ -3,15 +3,18 @@
 The function is rebuilt with the names that it uses replaced: numba.cuda by `FakeCuda`, device functions by their own
 sources, intrinsics and compiled functions by what `TWINS` and `scalar_twin` give. Threads take turns at barriers and
 shuffles. Found are: barriers and shuffles that some threads miss, reads outside of the memory that was allocated or
-at a wrong alignment, reads of shared memory that was not written (NaN or -1), and, with several `order`s, results that
-depend on who comes first. Not modelled: races that need two threads at once, and the overflow of integers.
+at a wrong alignment, reads of shared memory that was not written (NaN or -1), with several `order`s results that depend
+on who comes first, and races in shared memory, where they are asked for. Not modelled: the overflow of integers, and
+races in global memory that no order shows.
 """
 
 import bisect
 import ctypes
 import functools
 import inspect
+import math
 import random
+import sys
 import types as pytypes
 import weakref
 
@@ -136,6 +139,9 @@ class Dim3:
         self.x, self.y, self.z = x, y, z
 
 
+REACHED, LEFT_OUT = set(), set()  # (file, line) of barriers: where threads met, and where they are not to, to see why
+
+
 def _wait(me, what, value=None, source=None):
     """Another thread's turn; what comes back is the value of the thread `source`."""
     me.wait, me.value, me.source = what, value, source
@@ -153,10 +159,20 @@ class FakeCuda:
     laneid = property(lambda self: getcurrent().lane)
 
     def syncthreads(self):
-        _wait(getcurrent(), "barrier")
+        if self._is_there():
+            _wait(getcurrent(), "barrier")
 
     def syncwarp(self, mask=0xFFFFFFFF):
-        _wait(getcurrent(), ("warp", mask, "sync"))
+        if self._is_there():
+            _wait(getcurrent(), ("warp", mask, "sync"))
+
+    def _is_there(self):
+        if not self._launch.races:
+            return True
+        frame = sys._getframe(2)
+        place = frame.f_code.co_filename, frame.f_lineno
+        REACHED.add(place)
+        return place not in LEFT_OUT
 
     def shfl_xor_sync(self, mask, value, other):
         me = getcurrent()
@@ -189,23 +205,108 @@ class Shared:
 
     def array(self, shape, dtype, alignment=None):
         """One array for each place in the source and block, full of NaN or -1; the launch's room for length 0."""
-        import sys
-
         frame = sys._getframe(1)
         key = frame.f_code, frame.f_lasti
         if key not in self._launch.shared:
-            shape = shape or self._launch.room // as_dtype(dtype).itemsize
-            room = np.empty(shape, as_dtype(dtype))
+            whole = shape or self._launch.room // as_dtype(dtype).itemsize
+            room = np.empty(whole, as_dtype(dtype))
             room.reshape(-1).view(np.uint8)[:] = 0xFF
-            self._launch.shared[key] = room
+            self._launch.shared[key] = Watched.over(room, self._launch) if self._launch.races else room
         return self._launch.shared[key]
 
 
 class Atomic:
     def add(self, array, index, value):
-        before = array[index]
-        array[index] += value
+        if type(array) is Watched:
+            array.access(index, array.itemsize, ADDS)
+        plain = array.view(np.ndarray)
+        before = plain[index]
+        plain[index] += value
         return before
+
+
+# -- races -------------------------------------------------------------------------------------------------------
+
+
+class Watched(np.ndarray):
+    """Shared memory, or a part of it. Two accesses of which one is a write must be ordered: by the same thread, by
+    syncthreads, or by syncwarp of masks with both threads, through others too. Shuffles and votes order nothing."""
+
+    @classmethod
+    def over(cls, array, launch):
+        self = array.view(cls)
+        self.launch, self.start, self.step = launch, array.ctypes.data, array.itemsize  # bytes that are one place
+        self.writes, self.reads = {}, {}  # by place: the last write; the last reads and additions by thread since then
+        return self
+
+    def __array_finalize__(self, parent):
+        self.at = None
+        if type(parent) is Watched:
+            self.launch, self.start, self.step = parent.launch, parent.start, parent.step
+            self.writes, self.reads = parent.writes, parent.reads
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if not isinstance(found, np.ndarray):
+            self.access(index, self.itemsize, READS)
+        return found
+
+    def __setitem__(self, index, value):
+        super().__setitem__(index, value)
+        if type(index) is slice:
+            part = super().__getitem__(index)
+            part.access(0, part.nbytes, WRITES)
+        else:
+            self.access(index, self.itemsize, WRITES)
+
+    def access(self, index, size, how, depth=2):
+        """`size` bytes from the item of an index on, by who called so many functions ago."""
+        if self.at is None:
+            self.at = self.__array_interface__["data"][0] - self.start
+        at, strides, shape = self.at, self.strides, self.shape
+        if type(index) is not tuple:
+            index = (index,)
+        for i, stride, n in zip(index, strides, shape):
+            at += (i if i >= 0 else i + n) * stride
+        me, frame = getcurrent(), sys._getframe(depth)
+        epoch, clock = self.launch.epoch, me.clock
+        if how is COPIES:  # until it is awaited it comes before nothing
+            epoch = clock = math.inf
+        now = me.number, epoch, clock, how, frame.f_code, frame.f_lineno
+        for place in range(int(at) // self.step, (int(at) + size - 1) // self.step + 1):
+            last, others = self.writes.get(place), self.reads.get(place)
+            if last is not None and last[0] != me.number:
+                self._must_be_before(last, now, me)
+            if how is READS or how is ADDS:
+                if others is None:
+                    others = self.reads[place] = {}
+                for other in others.values():
+                    if other[3] is not how:
+                        self._must_be_before(other, now, me)
+                others[me.number] = now
+            else:
+                if others:
+                    for other in others.values():
+                        self._must_be_before(other, now, me)
+                    del self.reads[place]
+                self.writes[place] = now
+
+    def _must_be_before(self, other, now, me):
+        number, epoch, clock = other[:3]
+        if number == me.number or epoch < self.launch.epoch:
+            return
+        if number >> 5 != me.number >> 5 or me.seen[number & 31] < clock:
+            a, b = (f"thread {x[0]} {x[3]} ({x[4].co_name}, line {x[5]})" for x in (other, now))
+            raise SimError(f"a race: {a}, {b}, and nothing orders them")
+
+
+READS, WRITES, ADDS, COPIES = "reads", "writes", "adds", "copies"
+
+
+def touch(array, how):
+    """A twin of an intrinsic does this with all of an array."""
+    if type(array) is Watched:
+        array.access(0, array.nbytes, how, 3)
 
 
 # -- rebuilding --------------------------------------------------------------------------------------------------
@@ -237,6 +338,9 @@ def scalar_twin(function):
     known = {}  # types of arguments -> (compiled code, what types its result)
 
     def call(*args):
+        watched = [x for x in args if type(x) is Watched]
+        if watched:
+            return _watched_call(call, args, watched)
         key = tuple(map(type, args))
         if tuple in key:
             key = tuple(map(_kind, args))
@@ -249,6 +353,18 @@ def scalar_twin(function):
         return convert(run(*args))
 
     return call
+
+
+def _watched_call(call, args, watched):
+    """A call that reads all of these arrays, and writes what is then another."""
+    for x in watched:
+        x.access(0, x.nbytes, READS)
+    before = [x.view(np.ndarray).copy() for x in watched]
+    result = call(*(x.view(np.ndarray) if type(x) is Watched else x for x in args))
+    for x, old in zip(watched, before):
+        for k in np.flatnonzero(x.view(np.ndarray).view(np.int64) != old.view(np.int64)):
+            x.access(k, x.itemsize, WRITES)
+    return result
 
 
 @functools.cache
@@ -299,16 +415,18 @@ def _replace(value, cuda, done):
 
 
 class Launch:
-    def __init__(self, blocks, threads, room):
+    def __init__(self, blocks, threads, room, races):
         self.blocks, self.threads, self.block, self.shared = Dim3(blocks), Dim3(threads), None, {}
-        self.room = room  # bytes of a shared array of length 0
+        self.room, self.races = room, races  # bytes of a shared array of length 0; whether races are looked for
+        self.epoch = 0  # how often all threads of a block have met
 
 
-def launch(kernel, blocks, threads, args, order=None, room=0):
-    """kernel[blocks, threads, 0, room](*args); `order` seeds a shuffling of blocks and threads."""
+def launch(kernel, blocks, threads, args, order=None, room=0, races=False):
+    """kernel[blocks, threads, 0, room](*args); `order` seeds a shuffling of blocks and threads; with `races`, see
+    Watched."""
     if blocks < 1 or not 1 <= threads <= 1024:
         raise SimError(f"{blocks} blocks of {threads} threads")
-    now = Launch(blocks, threads, room)
+    now = Launch(blocks, threads, room, races)
     function = _rebuild(kernel.py_func, FakeCuda(now), {})
     chance = None if order is None else random.Random(order)
     numbers = list(range(blocks))
@@ -316,15 +434,15 @@ def launch(kernel, blocks, threads, args, order=None, room=0):
         chance.shuffle(numbers)
     for block in numbers:
         now.block, now.shared = Dim3(block), {}
-        _run_block(function, args, threads, chance)
+        _run_block(function, args, threads, chance, now)
 
 
-def _run_block(function, args, threads, chance):
+def _run_block(function, args, threads, chance, launch):
     everyone = []
     for i in range(threads):
         thread = greenlet(function)
         thread.number, thread.lane, thread.thread, thread.wait, thread.result = i, i & 31, Dim3(i), None, None
-        thread.started = False
+        thread.started, thread.clock, thread.seen = False, 0, [-1] * 32
         everyone.append(thread)
     warps = [everyone[first : first + 32] for first in range(0, threads, 32)]
     ready = list(everyone)
@@ -341,10 +459,10 @@ def _run_block(function, args, threads, chance):
             else:
                 thread.started = True
                 thread.switch(*args)
-        ready = held + _warps_that_met(warps) or _block_that_met(everyone)
+        ready = held + _warps_that_met(warps, launch.races) or _block_that_met(everyone, launch)
 
 
-def _warps_that_met(warps):
+def _warps_that_met(warps, races):
     """The threads that go on because all of their warp's mask wait for the same."""
     ready = []
     for warp in warps:
@@ -368,13 +486,19 @@ def _warps_that_met(warps):
                 result = what[2]([other.value for other in wanted])
                 for other in wanted:
                     other.result = result
+            elif races:
+                seen_by_all = [max(known) for known in zip(*(other.seen for other in wanted))]
+                for other in wanted:
+                    seen_by_all[other.lane] = other.clock
+                for other in wanted:
+                    other.seen, other.clock = seen_by_all, other.clock + 1
             ready += wanted
     for thread in ready:
         thread.wait = None
     return ready
 
 
-def _block_that_met(everyone):
+def _block_that_met(everyone, launch):
     """All threads if all wait at a barrier, none if all have ended."""
     waiting = [thread for thread in everyone if not thread.dead]
     if not waiting:
@@ -385,4 +509,5 @@ def _block_that_met(everyone):
         raise SimError(f"a barrier, and {len(everyone) - len(waiting)} of {len(everyone)} threads have ended")
     for thread in waiting:
         thread.wait = None
+    launch.epoch += 1
     return list(waiting)

@@ -76,7 +76,7 @@ def signatures(like, rows):
         "_part_scores": (I64, I64, I64, like, rows, *labels, I64, I64),
         "_join_scores": (I64, I64, like, rows, *labels, I64, I64, I64, I64),
         "_part_sums": (I64, I64, I64, like, rows, *labels, I64),
-        "_join_parts": (I64, I64, like, rows, *labels, I64, I64, I64),
+        "_join_part_sums": (I64, I64, like, rows, *labels, I64, I64, I64),
         "_score": (I64, like, rows, *labels, I64, I64, I64, I64),
         "_entropy": (I64, like, rows, I64, I64, I64, I64),
         "_row_sums": (I64, like, rows, *labels, I64, I64, I64),

@@ -25,8 +25,8 @@ ZERO = np.float32(0)
 ALL = 0xFFFFFFFF
 
 
-def run(kernel, threads, *args, blocks=1, order=None):
-    simt.launch(cuda.jit(kernel), blocks, threads, args, order)
+def run(kernel, threads, *args, blocks=1, order=None, races=False):
+    simt.launch(cuda.jit(kernel), blocks, threads, args, order, races=races)
 
 
 @pytest.fixture
@@ -106,6 +106,84 @@ def test_missing_barrier_shows_in_some_order(room):
 
     run(kernel, 64, room[0], order=1)
     assert np.isnan(room[1]).any()
+
+
+def exchange(address, how):
+    """Each thread reads what another one has written."""
+    shared = cuda.shared.array(64, types.float32)
+    shared[cuda.threadIdx.x] = ZERO
+    if how == "barrier":
+        cuda.syncthreads()
+    elif how == "warp":
+        cuda.syncwarp()
+    elif how == "team":
+        cuda.syncwarp(0xFF << (cuda.laneid & 24))
+    elif how == "through a third":
+        cuda.syncwarp(0x55555555 << (cuda.laneid & 1))
+        cuda.syncwarp(0x33333333 << (cuda.laneid & 2))
+    elif how == "others":
+        cuda.syncwarp(0x55555555 << (cuda.laneid & 1))
+    elif how == "shuffle":
+        cuda.shfl_sync(ALL, 1, 0)
+    elif how == "vote":
+        cuda.any_sync(ALL, True)
+    elif how == "fence":
+        cuda.threadfence()
+    store(address + 4 * cuda.threadIdx.x, shared[cuda.threadIdx.x ^ 3])
+
+
+@pytest.mark.parametrize("order", [None, 1])
+def test_what_orders_threads(room, order):
+    for how in ("barrier", "warp", "team", "through a third"):
+        run(exchange, 64, room[0], how, order=order, races=True)
+    for how in ("others", "shuffle", "vote", "fence", "nothing"):
+        with pytest.raises(simt.SimError, match="nothing orders them"):
+            run(exchange, 64, room[0], how, order=order, races=True)
+
+
+def test_races(room):
+    """Read before another thread writes; two writes; a warp that does not wait for another; additions beside a read."""
+
+    def read_first(address):
+        shared = cuda.shared.array((2, 32), types.float32)
+        shared[0, cuda.laneid] = ZERO
+        cuda.syncwarp()
+        row = shared[0]
+        x = row[31 - cuda.laneid]
+        row[cuda.laneid] = x
+
+    def two_writes(address):
+        shared = cuda.shared.array(1, types.float32)
+        shared[0] = ZERO
+
+    def two_warps(address):
+        shared = cuda.shared.array(64, types.float32)
+        shared[cuda.threadIdx.x] = ZERO
+        cuda.syncwarp()
+        store(address, shared[cuda.threadIdx.x ^ 32])
+
+    def addition(address):
+        shared = cuda.shared.array(1, types.int64)
+        if cuda.laneid == 0:
+            shared[0] = 0
+        cuda.syncthreads()
+        cuda.atomic.add(shared, 0, 1)
+        store(address, shared[0])
+
+    def additions(address):
+        shared = cuda.shared.array(1, types.int64)
+        if cuda.threadIdx.x == 0:
+            shared[0] = 0
+        cuda.syncthreads()
+        cuda.atomic.add(shared, 0, 1)
+        cuda.syncthreads()
+        store(address, shared[0])
+
+    for kernel, threads in ((read_first, 32), (two_writes, 2), (two_warps, 64), (addition, 32)):
+        with pytest.raises(simt.SimError, match="nothing orders them"):
+            run(kernel, threads, room[0], races=True)
+    run(additions, 64, room[0], races=True)
+    assert room[1].view(np.int64)[0] == 64
 
 
 def test_exchange_between_threads(room):

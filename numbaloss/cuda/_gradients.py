@@ -26,7 +26,7 @@ from ._memory import (
     thread_anew,
     widened,
 )
-from ._rows import PARTS, class_stride, join_round, joined, row_address, team_of
+from ._rows import PARTS, class_stride, join_round, row_address, team_of
 from ._stream import copy_rest, round_bytes, rounds_in, start_chunks, sum_chunks
 
 ROUNDS = CHUNK // LANES
@@ -70,7 +70,6 @@ def row_sum(like, rows, notes, room, tasks, ring, capacity):
             target = float_bits(note[0]) + float_bits(note[1]) * class_stride(like, rows)
             note[2] = np.float64(widen(load(like, target)))
         sum_chunks(like, rows[4], size, tasks, ring, capacity, ahead, None)
-        cuda.syncwarp()
         first = np.int32(float_bits(notes[thread_anew() >> 5, 4]))
         if first < 0:
             return tasks[0, 0], tasks[1, 0]
@@ -79,7 +78,7 @@ def row_sum(like, rows, notes, room, tasks, ring, capacity):
             room[0, k], room[1, k] = tasks[0, lane], tasks[1, lane]
         join_round(room, first, count)
         first = np.int32(first + PARTS - 1)
-    return joined(room)
+    return room[0, 0], room[1, 0]
 
 
 @device

@@ -96,7 +96,8 @@ def row_address(rows, r):
 
 @device
 def join_parts(room, count, s, c):
-    """(s, c) merged with the pairs room[:2, 0], room[:2, 1], ... one after the other, by one warp; overwrites them.
+    """(s, c) merged with the pairs room[:2, 0], room[:2, 1], ... one after the other, by one warp; overwrites them, and
+    ends when all have read them. Thread k % 32 may just have written pair k.
 
     The c that a pair meets is the largest before it, so 32 threads take the exponentials of 32 merges at once.
     """
@@ -119,6 +120,7 @@ def join_parts(room, count, s, c):
         part, weight = room[0, k], room[1, k]
         large, small = (s, part) if room[2, k] != 0.0 else (part, s)
         s = fma(small, weight, large) if small != 0.0 else large
+    cuda.syncwarp()
     return s, c
 
 
@@ -232,7 +234,7 @@ def score_row(like, rows, address, skip, target, ranked, room):
             if chunks > TEAMS:
                 guess = guess_after(np.float64(value)) if at_once else NO_GUESS
     if warps > 1:
-        s, c = joined(room)
+        s, c = room[0, 0], room[1, 0]
     return s, c, value, where, team_sum(larger, classes, room)
 
 
@@ -243,19 +245,10 @@ def join_round(room, first, count):
     if cuda.threadIdx.x < 32:
         if first == 0 and cuda.laneid == 0:
             room[0, 0], room[1, 0] = 0.0, -np.inf
-        cuda.syncwarp()
         s, c = join_parts(room, count, 0.0, -np.inf)
-        cuda.syncwarp()
         if cuda.laneid == 0:
             room[0, 0], room[1, 0] = s, c
     cuda.syncthreads()
-
-
-@device
-def joined(room):
-    s, c = room[0, 0], room[1, 0]
-    cuda.syncthreads()
-    return s, c
 
 
 @device

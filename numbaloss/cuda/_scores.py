@@ -240,9 +240,7 @@ def _join_scores(items, parts, like, rows, labels, weights, ignore_index, logpro
             at = parts + (first + i) * PART_BYTES
             room[0, i], room[1, i] = load(0.0, at), load(0.0, at + 8)
             key, larger = max(key, key_of(load(0.0, at + 16), first + i)), larger + load(0.0, at + 24)
-        cuda.syncwarp()
         s, c = join_parts(room, count, s, c)
-        cuda.syncwarp()
     k, larger = chunk_of(warp_max(key)), warp_sum(larger)
     value, start = largest_found(like, rows, address, k, load(0.0, parts + k * PART_BYTES + 16))
     if lane == 0:

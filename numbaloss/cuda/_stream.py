@@ -378,10 +378,10 @@ def _start_chunks(like, stride, size, room, ring, capacity):
 
 
 def sum_chunks(like, stride, size, room, ring, capacity, ahead, ranked):
-    """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp; an address
-    of 0 is no chunk. `stride` is an int32 where classes lie side by side; `ahead` is from start_chunks. If `ranked` is
-    not None, room[4, i] holds a target's logit, and put_scores is called too, to count what is larger unless `ranked`
-    is 0."""
+    """room[:2, i] = chunk_sum of the chunk room[:3, i] = (address, skip, classes) for i < size, by one warp, whose
+    threads have then met; an address of 0 is no chunk. `stride` is an int32 where classes lie side by side; `ahead` is
+    from start_chunks. If `ranked` is not None, room[4, i] holds a target's logit, and put_scores is called too, to
+    count what is larger unless `ranked` is 0."""
     return (sum_apart if ahead is None else sum_stream)(like, int(stride), size, room, ring, capacity, ahead, ranked)
 
 

@@ -56,7 +56,7 @@ def row_sums(items, like, rows, labels, weights, ignore_index, lse, sums, pitch,
         return launch(_stream_sums.of(like), blocks, 32, out, *rows_of_warp, like, rows, *factors, *results)
     parts, (blocks, group) = kept(cupy.empty((items * chunks, 3))), warps_for(items * chunks, 1, most)
     launch(_part_sums.of(like), blocks, 32, out, items * chunks, group, chunks, like, rows, *factors, address(parts))
-    return launch(_join_parts.of(like), items, 32, out, items, address(parts), like, rows, *factors, *results)
+    return launch(_join_part_sums.of(like), items, 32, out, items, address(parts), like, rows, *factors, *results)
 
 
 def streams(like, rows, most):
@@ -212,7 +212,7 @@ def _part_sums(items, group, chunks, like, rows, labels, weights, ignore_index, 
 
 
 @kernel(32)
-def _join_parts(items, parts, like, rows, labels, weights, ignore_index, lse, sums, pitch):
+def _join_part_sums(items, parts, like, rows, labels, weights, ignore_index, lse, sums, pitch):
     """What is left to do after _part_sums, a warp a row."""
     room = cuda.shared.array((3, PARTS), types.float64)
     lane, r, stride = np.int64(cuda.laneid), np.int64(cuda.blockIdx.x), class_stride(like, rows)
@@ -235,9 +235,7 @@ def _join_parts(items, parts, like, rows, labels, weights, ignore_index, lse, su
             room[0, i], room[1, i] = load(0.0, parts + (first + i) * 24), load(0.0, parts + (first + i) * 24 + 8)
             if first + i == apart:
                 room[0, i], room[1, i] = others
-        cuda.syncwarp()
         s, c = join_parts(room, count, s, c)
-        cuda.syncwarp()
     if lane == 0:
         x = np.float64(largest)
         u = others_to_target(s, c, x, False)

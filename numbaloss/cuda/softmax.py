@@ -188,7 +188,6 @@ def _chunk_sums(items, group, chunks, like, rows, labels, weights, ignore_index,
     size, r = np.int32(min(group, items - first)), first // chunks
     look_up(like, rows, r, first - r * chunks, size, chunks, labels, weights, ignore_index, room)
     sum_chunks(like, rows[4], size, room, ring, RING, start_chunks(like, rows[4], size, room, ring, RING), None)
-    cuda.syncwarp()
     if cuda.laneid < size:
         at, i = parts + (first + cuda.laneid) * 16, np.int32(cuda.laneid)
         store(at, room[0, i])
@@ -210,9 +209,7 @@ def _join_sums(items, parts, like, rows, labels, weights, ignore_index, loss):
             for k in range(lane, count, 32):
                 room[0, k] = load(0.0, parts + (r * chunks + first + k) * 16)
                 room[1, k] = load(0.0, parts + (r * chunks + first + k) * 16 + 8)
-            cuda.syncwarp()
             s, c = join_parts(room, count, s, c)
-            cuda.syncwarp()
     if lane == 0:
         store(loss + r * item_size(compute_zero(like)), loss_of(like, s, c, x))
 

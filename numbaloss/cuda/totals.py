@@ -157,6 +157,7 @@ def reach(words):
         if words[k] != 0:
             first, last = min(first, k), k
         k += 32
+    cuda.syncwarp()  # one of them will carry through these words
     return -np.int64(warp_max(np.int32(-first))), np.int64(warp_max(np.int32(last)))  # a shuffle moves 32 bits
 
 
