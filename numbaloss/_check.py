@@ -20,8 +20,9 @@ _KINDS = {  # dtype name -> a zero of the dtype that the kernels know it by
     "float64": np.float64(0),
 }
 NO_LABEL = -(2**63)  # the ignore_index that ignores nothing
-# what a sum of factor * value is divided by; CLASS_FACTORS: by the factors, whose class weights do not multiply values
-NOTHING, FACTORS, CLASS_FACTORS, FACTORS_OR_NONE, NONZERO_OR_NONE = range(5)
+# what a sum of factor * value is divided by; CLASS_FACTORS: by the factors, whose class weights do not multiply values;
+# FACTORS_ALONE: not that, but the sum of the factors, without a look at the values
+NOTHING, FACTORS, CLASS_FACTORS, FACTORS_OR_NONE, NONZERO_OR_NONE, FACTORS_ALONE = range(6)
 _BY_DTYPE = {}
 _INT64_MAX = np.iinfo(np.int64).max
 DLPACK_CUDA = 2

@@ -6,7 +6,7 @@ The sum is sum_i words[i] * 2^(32 i - 1074), so words of different accumulators 
 
 import numpy as np
 
-from ._check import FACTORS_OR_NONE, NOTHING
+from ._check import FACTORS_ALONE, FACTORS_OR_NONE, NOTHING
 from ._intrinsics import bits_float, float_bits
 from ._scalar import scalar
 
@@ -113,4 +113,6 @@ def quotient(top, bottom, divisor):
     """top / bottom, or what `divisor` says; 0 / 0 is NaN but for the divisors "or none", which give 0 for any 0."""
     if divisor == NOTHING:
         return top
+    if divisor == FACTORS_ALONE:
+        return bottom
     return 0.0 if divisor >= FACTORS_OR_NONE and bottom == 0.0 else top / bottom

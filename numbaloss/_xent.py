@@ -191,11 +191,9 @@ def reduced(q, loss, reduction):
 
 def divisor_of(q):
     """What a mean divides by, float64, (1,)."""
-    xp, n = array_module(q.x), math.prod(q.shape)
-    totals, shares = kernels_of(q.x, "totals"), xp.empty(n, np.float64)
-    by_class = q.class_weights if q.dense is None else None
-    totals.slopes(n, n, None, q.y, q.weights, by_class, q.ignore_index, None, shares)
-    return totals.total(shares, None, None, None, _check.NO_LABEL, _check.NOTHING).reshape(1)
+    unread = array_module(q.x).empty(math.prod(q.shape), np.float64)
+    factors = q.y, q.weights, q.class_weights if q.dense is None else None, q.ignore_index
+    return kernels_of(q.x, "totals").total(unread, *factors, _check.FACTORS_ALONE).reshape(1)
 
 
 def slopes_of(q, upstream, divisor):

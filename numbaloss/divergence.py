@@ -129,8 +129,7 @@ def _value_and_grad(name, upstream, out, logits_p, logits_q, weights, axis, redu
     totals, n = kernels("totals", logits=p), int(np.prod(shape))
     factors, slopes, divisor = (None, weights, None, _check.NO_LABEL), xp.empty(n, np.float64), None
     if reduction == "mean":
-        totals.slopes(n, n, None, *factors, None, slopes)
-        divisor = totals.total(slopes, None, None, None, _check.NO_LABEL, _check.NOTHING).reshape(1)
+        divisor = totals.total(slopes, *factors, _check.FACTORS_ALONE).reshape(1)  # without a look at the slopes
     totals.slopes(n, n, upstream, *factors, divisor, slopes)
     loss = _sloped(getattr(family, name), given, weights, axis, slopes, grads)
     return _total(loss, weights, reduction), grads

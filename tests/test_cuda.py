@@ -21,7 +21,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 import cuda_on_host as host  # noqa: E402
 
 import numbaloss as nl  # noqa: E402
-from numbaloss._check import FACTORS, NO_LABEL, NONZERO_OR_NONE, NOTHING  # noqa: E402
+from numbaloss._check import FACTORS, FACTORS_ALONE, NO_LABEL, NONZERO_OR_NONE, NOTHING  # noqa: E402
 from numbaloss.cpu import totals as cpu_totals  # noqa: E402
 from numbaloss.cpu._launch import Kernel  # noqa: E402
 from numbaloss.cuda import totals as cuda_totals  # noqa: E402
@@ -647,14 +647,21 @@ KINDS = ["losses", "negative", "zeros", "all exponents", "edges", "apart and bac
 KINDS += ["subnormal", "cancel", "one infinity", "infinities", "a NaN", "overflow"]
 
 
+@pytest.fixture
+def two_blocks(monkeypatch):
+    """For more than 2,048 numbers."""
+    monkeypatch.setattr(cuda_totals, "ALONE", 2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_totals_of_any_numbers(kind):
+def test_totals_of_any_numbers(kind, two_blocks):
     """Of one value and of one and several blocks; the sum, and the quotient by weights of any size."""
     for n in (1, 77, 2100):
         values = numbers(kind, n)
         weights = np.where(np.arange(n) % 3 == 0, 1.0, np.roll(numbers("all exponents", n), 1) ** 2)
         for w, divisor in ((None, NOTHING), (weights, FACTORS), (values, NONZERO_OR_NONE)):
             check_total(values, w, divisor)
+        check_total(np.full(n, np.nan), weights, FACTORS_ALONE)  # which is not read
     check_total(numbers(kind, 2100).astype(np.float32), None, FACTORS)
 
 
@@ -690,7 +697,7 @@ def check_total(values, weights, divisor):
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_totals_in_any_order(order):
+def test_totals_in_any_order(order, two_blocks):
     """Of blocks and of threads."""
     for kind in ("all exponents", "apart and back"):
         values = numbers(kind, 2100)
@@ -702,9 +709,10 @@ def test_grids_of_totals():
     """Few numbers are summed by one block, many by at most one a multiprocessor, of which there are two here."""
     if ON_DEVICE:
         pytest.skip("launches are counted on the host")
-    for n, expected in ((1, (1, 64)), (65, (1, 96)), (2048, (1, 1024)), (2049, (2, 1024)), (9000, (2, 1024))):
+    for n, expected in ((1, (1, 64)), (65, (1, 96)), (4096, (1, 1024)), (4097, (2, 1024)), (9000, (2, 1024))):
         assert cuda_totals.grid_for(n, 1024, cupy.empty(n)) == expected
-    assert cuda_totals.grid_for(9000, 512, cupy.empty(1)) == (2, 512)
+    assert cuda_totals.grid_for(2048, 512, cupy.empty(1)) == (1, 512)
+    assert cuda_totals.grid_for(2049, 512, cupy.empty(1)) == (2, 512)
 
 
 @pytest.mark.parametrize("flags", ["TTFF", "FFTT", "TFFF", "FTFF", "FFTF", "FFFT", "FFFF"])
@@ -780,6 +788,9 @@ def test_evaluation_of_any_numbers(kind):
 # -- behaviour -----------------------------------------------------------------------------------------------------
 
 
+GRADIENT = nl.value_and_grad(nl.cross_entropy)
+
+
 def test_kernels_of_a_call():
     """Launches of the usual calls: one for losses, one for their total, none for conversions; and for few rows of many
     classes one for the chunks."""
@@ -792,6 +803,7 @@ def test_kernels_of_a_call():
         (["_sparse_xent"], lambda: on_cupy(nl.sparse_softmax_cross_entropy_with_logits, y[:1], wide[:, :1030])),
         (["_short_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights)),
         (["_short_sparse_xent", "_scale"], lambda: on_cupy(nl.cross_entropy, x, y, weights=weights, reduction="none")),
+        (["_total", "_slopes", "_sparse_xent_grad", "_total"], lambda: on_cupy(GRADIENT, x, y)),
         (["_narrow_sparse_xent", "_total"], lambda: on_cupy(nl.cross_entropy, x[:, :100], np.minimum(y, 99))),
         (["_score"], lambda: on_cupy(nl.score_tokens, x, y, rank=True)),
         (["_narrow_score"], lambda: on_cupy(nl.score_tokens, x[:, :100], np.minimum(y, 99), rank=True, entropy=True)),

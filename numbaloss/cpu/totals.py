@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import overload
 
-from .._check import CLASS_FACTORS, NO_LABEL, NONZERO_OR_NONE
+from .._check import CLASS_FACTORS, FACTORS_ALONE, NO_LABEL, NONZERO_OR_NONE
 from .._exact import CARRY_EVERY, WORDS, carry, number_words, quotient, round_sum
 from .._intrinsics import rounded_product
 from .._scalar import exp_any, focal_row, focal_row_slope
@@ -57,7 +57,7 @@ def _total(blocks, values, labels, weights, class_weights, ignore_index, divisor
         for i in range(begin, (block + 1) * n // blocks):
             f = factor(i, labels, weights, class_weights, ignore_index)
             above = factor(i, labels, weights, None, ignore_index) if divisor == CLASS_FACTORS else f
-            if above != 0.0:  # a factor of exactly 0 hides its value, even a NaN
+            if above != 0.0 and divisor != FACTORS_ALONE:  # a factor of exactly 0 hides its value, even a NaN
                 add_number(top, np.float64(values[i]) * above)
             if f == 1.0:
                 ones += 1

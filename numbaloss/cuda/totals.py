@@ -4,7 +4,7 @@ import cupy
 import numpy as np
 from numba import types
 
-from .._check import CLASS_FACTORS, NONZERO_OR_NONE
+from .._check import CLASS_FACTORS, FACTORS_ALONE, NONZERO_OR_NONE
 from .._exact import LOW_32, SPAN, WORDS, carry, number_words, quotient, round_between
 from .._intrinsics import rounded_product, select
 from .._scalar import focal_row, focal_row_slope
@@ -16,7 +16,7 @@ from ._operands import ABSENT, address, factor, label_at, operand, weight_at
 
 THREADS = 256
 MOST, TOKENS = 1024, 512  # threads of a block that sums, at most
-ALONE = 2048  # numbers that one block sums before others could have told it theirs
+ALONE = 4  # numbers of a thread: as many one block sums before others could have told it theirs
 WINDOW = 30  # numbers of 2^-62 to 2^34 fall into three of the words from here on
 HELD = 5  # words, that a thread has of its own
 EMPTY = (0,) * HELD
@@ -26,7 +26,7 @@ ONE_BIT = 1074 - 32 * (WINDOW + 3)  # of the number 1 in the fourth word held
 
 def grid_for(items, most, out):
     """(blocks, threads): at most a block for each multiprocessor, so that few have to meet in memory."""
-    blocks = 1 if items <= ALONE else min(-(-items // THREADS), processors(out))
+    blocks = 1 if items <= ALONE * most else min(-(-items // THREADS), processors(out))
     return blocks, min(most, max(64, -(-items // (32 * blocks)) * 32))
 
 
@@ -166,13 +166,14 @@ def total(values, labels, weights, class_weights, ignore_index, divisor):
 
     The result shares its memory with the words of the sums: nothing else to allocate, or to keep for a CUDA graph.
     """
-    words = cupy.zeros(2 * WORDS + 2, np.int64)
+    blocks, threads = grid_for(values.size, MOST, values)
+    words = (cupy.zeros if blocks > 1 else cupy.empty)(2 * WORDS + 2, np.int64)  # one block writes the result alone
     result = cupy.ndarray((), values.dtype, words.data + 8 * (words.size - 1))
     classes = 0 if class_weights is None else class_weights.size
     factors = operand(labels), operand(weights), address(class_weights), classes, ignore_index
     like = values.dtype.type(0)
     arguments = values.size, like, address(values), *factors, divisor, address(words)
-    launch(_total.of(like), *grid_for(values.size, MOST, values), values, *arguments)
+    launch(_total.of(like), blocks, threads, values, *arguments)
     return result
 
 
@@ -192,7 +193,8 @@ def _total(items, like, values, labels, weights, class_weights, classes, ignore_
         k = first + thread
         f, value = 0.0, 0.0
         if k < items:
-            value = np.float64(load(like, values + k * size))  # without waiting for the factor
+            if divisor != FACTORS_ALONE:
+                value = np.float64(load(like, values + k * size))  # without waiting for the factor
             f = factor(k, labels, weights, class_weights, classes, ignore_index)
             above = factor(k, labels, weights, 0, classes, ignore_index) if divisor == CLASS_FACTORS else f
             value = select(above != 0.0, value * above, 0.0)  # a factor of exactly 0 hides its value, even a NaN
