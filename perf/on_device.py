@@ -22,6 +22,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -54,7 +55,7 @@ OTHERS = [
 QUICK_SHAPES = SHAPES[:7]
 COMPILED = SHAPES[:2]  # torch.compile takes up to a minute a shape
 GRADIENTS = [((8192, 128256), "bfloat16"), ((4096, 32000), "bfloat16"), ((4096, 32000), "float32")]
-GRADIENTS += [((65536, 1024), "bfloat16"), ((1 << 20, 10), "float32")]
+GRADIENTS += [((4096, 50257), "bfloat16"), ((65536, 1024), "bfloat16"), ((1 << 20, 10), "float32")]
 SIXTEEN_BITS = ("bfloat16", "float16")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 EPS = 2.0**-23
@@ -321,6 +322,7 @@ def time_gradients(device, report, shape, dtype):
     x, y = random_logits(rows, classes, dtype), cupy.asarray(make_labels(rows, classes))
     run, out = nl.value_and_grad(nl.cross_entropy), room_like(x)
     contenders = {"numbaloss": lambda: run(x, y, out=out)}
+    contenders |= teams(lambda: run(x, y, out=out), classes)
     contenders["numbaloss smoothing, z_loss"] = lambda: run(x, y, out=out, label_smoothing=0.1, z_loss=1e-4)
     contenders["numbaloss Hessian"] = lambda: nl.value_grad_hess(nl.cross_entropy)(x, y)
     if torch is not None:
@@ -334,6 +336,22 @@ def time_gradients(device, report, shape, dtype):
         if liger_cross_entropy is not None:
             contenders["liger"] = lambda: backward(liger_cross_entropy)
     time_case(device, report, f"value and grad {rows}x{classes} {dtype}", contenders, x, 2 * x.nbytes, "copy")
+
+
+def teams(call, classes):
+    """The same with so many warps a row, of which team_for is to have found the fastest."""
+    from numbaloss.cuda import _gradients, _rows, softmax
+
+    def forced(warps):
+        def run():
+            with mock.patch.object(softmax, "team_for", lambda *_: warps):
+                call()
+
+        return run
+
+    chunks = -(-classes // _rows.CHUNK)
+    able = [n for n in (1, 2, 4, 8) if 1 < chunks >= n and chunks <= n * _gradients.TASKS]
+    return {f"numbaloss {n} warps a row": forced(n) for n in able}
 
 
 def time_divergences(device, report, shape, dtype):
