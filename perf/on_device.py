@@ -450,7 +450,7 @@ def all_times(quick):
     for shape, dtype in OTHERS:
         case = lambda device, report, s=shape, d=dtype: time_others(device, report, s, d)  # noqa: E731
         yield f"scores and softmax {shape} {dtype}", *shape, dtype, case
-    for shape, dtype in GRADIENTS[:3] if quick else GRADIENTS:
+    for shape, dtype in GRADIENTS[:4] if quick else GRADIENTS:
         for name, time_them in ("value and grad", time_gradients), ("KL", time_divergences):
             case = lambda device, report, f=time_them, s=shape, d=dtype: f(device, report, s, d)  # noqa: E731
             yield f"{name} {shape} {dtype}", *shape, dtype, case
