@@ -301,7 +301,8 @@ def _dense_xent_grad(
     if first:
         store(loss + r * item_size(zero), number(like, value))
     if warps > 1:
-        cuda.syncthreads()  # in place: y's logit has been read by all
+        cuda.syncthreads()
+    cuda.syncwarp()  # in place: y's logit has been read by all
     address, out, grad_stride = row_address(rows, r), row_address(grad_rows, r), class_stride(like_grad, grad_rows)
     g, p = number(like, g * shares(targets)[1]), np.int64(warp) * LANES
     while p < rows[5]:
