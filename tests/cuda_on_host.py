@@ -220,6 +220,7 @@ def load_item(address, dtype):
 
 @twin(_memory.load)
 def load(like, address):
+    simt.touch_memory(address, dtype_of(like).itemsize, simt.READS)
     return load_item(address, dtype_of(like))
 
 
@@ -231,6 +232,7 @@ def load_fresh(address):
 @twin(_memory.store)
 def store(address, value):
     array, i = MEMORY.item(address, value.dtype if isinstance(value, np.generic) else np.asarray(value).dtype)
+    simt.touch_memory(address, array.itemsize, simt.WRITES)
     array[i] = value
 
 
@@ -260,6 +262,8 @@ def zeros_like(like):
 @twin(_memory.load_vector)
 def load_vector(like, address, team):
     n, dtype = per_load(like), dtype_of(like)
+    for g in range(WIDTH // n):
+        simt.touch_memory(int(address) + g * 16 * int(team), 16, simt.READS)
     return widened(MEMORY.loads(address, WIDTH // n, 16 * int(team), dtype))
 
 
@@ -285,6 +289,8 @@ def neighbours(like, position, begin, end, team=32):
 
 def _load(dtype, address, stride, first, last, out):
     """out[i] = item i of a load for i in [first, last)."""
+    for i in range(first, last):
+        simt.touch_memory(address + i * stride, dtype.itemsize, simt.READS)
     if last - first == out.size and stride == dtype.itemsize and address % 16 == 0:
         out[...] = widened(MEMORY.view(address, 16, 16).view(dtype))
     else:
@@ -348,6 +354,7 @@ def store_part(like, like_out, address, stride, position, begin, end, v):
     narrow = narrowed(like_out, v)
     for k, step, count in neighbours(like, position, begin, end):
         if stride == narrow.itemsize:
+            simt.touch_memory(address + step * stride, count * stride, simt.WRITES)
             MEMORY.view(address + step * stride, count * stride, stride)[:] = narrow[k : k + count].view(np.uint8)
         else:
             for i in range(count):
@@ -515,6 +522,8 @@ def load_apart(like, like_items, address, stride, position, end):
     for k, step, count in neighbours(like, position, position, end):
         if k >= result.size:
             break
+        for i in range(step, step + count):
+            simt.touch_memory(address + i * stride, dtype.itemsize, simt.READS)
         if stride == dtype.itemsize:
             result[k : k + count] = widened(MEMORY.view(address + step * stride, count * stride, stride).view(dtype))
         else:

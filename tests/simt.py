@@ -4,8 +4,7 @@ The function is rebuilt with the names that it uses replaced: numba.cuda by `Fak
 sources, intrinsics and compiled functions by what `TWINS` and `scalar_twin` give. Threads take turns at barriers and
 shuffles. Found are: barriers and shuffles that some threads miss, reads outside of the memory that was allocated or
 at a wrong alignment, reads of shared memory that was not written (NaN or -1), with several `order`s results that depend
-on who comes first, and races in shared memory, where they are asked for. Not modelled: the overflow of integers, and
-races in global memory that no order shows.
+on who comes first, and races, where they are asked for. Not modelled: the overflow of integers.
 """
 
 import bisect
@@ -228,22 +227,67 @@ class Atomic:
 # -- races -------------------------------------------------------------------------------------------------------
 
 
+READS, WRITES, ADDS, COPIES = "reads", "writes", "adds", "copies"
+
+
+class Accesses:
+    """Who has accessed memory. Two accesses of which one is a write must be ordered: by the same thread, by
+    syncthreads, or by syncwarp of masks with both threads, through others too. Shuffles and votes order nothing, nor
+    does anything order blocks."""
+
+    def __init__(self, launch, step):
+        self.launch, self.step = launch, step  # bytes that are one place
+        self.writes, self.reads = {}, {}  # by place: the last write; the last reads and additions by thread since then
+
+    def note(self, at, size, how, depth):
+        """These bytes are accessed by who called so many functions ago."""
+        me, frame = getcurrent(), sys._getframe(depth)
+        epoch, clock = self.launch.epoch, me.clock
+        if how is COPIES:  # until it is awaited it comes before nothing
+            epoch = clock = math.inf
+        now = me.number, epoch, clock, how, frame.f_code, frame.f_lineno, self.launch.block
+        for place in range(int(at) // self.step, (int(at) + size - 1) // self.step + 1):
+            last, others = self.writes.get(place), self.reads.get(place)
+            if last is not None:
+                self._must_be_before(last, now, me)
+            if how is READS or how is ADDS:
+                if others is None:
+                    others = self.reads[place] = {}
+                for other in others.values():
+                    if other[3] is not how:
+                        self._must_be_before(other, now, me)
+                others[me.number, self.launch.block.x] = now
+            else:
+                if others:
+                    for other in others.values():
+                        self._must_be_before(other, now, me)
+                    del self.reads[place]
+                self.writes[place] = now
+
+    def _must_be_before(self, other, now, me):
+        number, epoch, clock, block = *other[:3], other[6]
+        if block is now[6]:
+            if number == me.number or epoch < self.launch.epoch:
+                return
+            if number >> 5 == me.number >> 5 and me.seen[number & 31] >= clock:
+                return
+        a, b = (f"thread {x[0]} of block {x[6].x} {x[3]} ({x[4].co_name}, line {x[5]})" for x in (other, now))
+        raise SimError(f"a race: {a}, {b}, and nothing orders them")
+
+
 class Watched(np.ndarray):
-    """Shared memory, or a part of it. Two accesses of which one is a write must be ordered: by the same thread, by
-    syncthreads, or by syncwarp of masks with both threads, through others too. Shuffles and votes order nothing."""
+    """Shared memory of which the accesses are noted, or a part of it."""
 
     @classmethod
     def over(cls, array, launch):
         self = array.view(cls)
-        self.launch, self.start, self.step = launch, array.ctypes.data, array.itemsize  # bytes that are one place
-        self.writes, self.reads = {}, {}  # by place: the last write; the last reads and additions by thread since then
+        self.accesses, self.start = Accesses(launch, array.itemsize), array.ctypes.data
         return self
 
     def __array_finalize__(self, parent):
         self.at = None
         if type(parent) is Watched:
-            self.launch, self.start, self.step = parent.launch, parent.start, parent.step
-            self.writes, self.reads = parent.writes, parent.reads
+            self.accesses, self.start = parent.accesses, parent.start
 
     def __getitem__(self, index):
         found = super().__getitem__(index)
@@ -259,54 +303,27 @@ class Watched(np.ndarray):
         else:
             self.access(index, self.itemsize, WRITES)
 
-    def access(self, index, size, how, depth=2):
-        """`size` bytes from the item of an index on, by who called so many functions ago."""
+    def access(self, index, size, how, depth=3):
+        """`size` bytes from the item of an index on."""
         if self.at is None:
             self.at = self.__array_interface__["data"][0] - self.start
-        at, strides, shape = self.at, self.strides, self.shape
-        if type(index) is not tuple:
-            index = (index,)
-        for i, stride, n in zip(index, strides, shape):
+        at = self.at
+        for i, stride, n in zip(index if type(index) is tuple else (index,), self.strides, self.shape):
             at += (i if i >= 0 else i + n) * stride
-        me, frame = getcurrent(), sys._getframe(depth)
-        epoch, clock = self.launch.epoch, me.clock
-        if how is COPIES:  # until it is awaited it comes before nothing
-            epoch = clock = math.inf
-        now = me.number, epoch, clock, how, frame.f_code, frame.f_lineno
-        for place in range(int(at) // self.step, (int(at) + size - 1) // self.step + 1):
-            last, others = self.writes.get(place), self.reads.get(place)
-            if last is not None and last[0] != me.number:
-                self._must_be_before(last, now, me)
-            if how is READS or how is ADDS:
-                if others is None:
-                    others = self.reads[place] = {}
-                for other in others.values():
-                    if other[3] is not how:
-                        self._must_be_before(other, now, me)
-                others[me.number] = now
-            else:
-                if others:
-                    for other in others.values():
-                        self._must_be_before(other, now, me)
-                    del self.reads[place]
-                self.writes[place] = now
-
-    def _must_be_before(self, other, now, me):
-        number, epoch, clock = other[:3]
-        if number == me.number or epoch < self.launch.epoch:
-            return
-        if number >> 5 != me.number >> 5 or me.seen[number & 31] < clock:
-            a, b = (f"thread {x[0]} {x[3]} ({x[4].co_name}, line {x[5]})" for x in (other, now))
-            raise SimError(f"a race: {a}, {b}, and nothing orders them")
-
-
-READS, WRITES, ADDS, COPIES = "reads", "writes", "adds", "copies"
+        self.accesses.note(at, size, how, depth)
 
 
 def touch(array, how):
     """A twin of an intrinsic does this with all of an array."""
     if type(array) is Watched:
-        array.access(0, array.nbytes, how, 3)
+        array.access(0, array.nbytes, how, 4)
+
+
+def touch_memory(address, size, how):
+    """As touch, with what is not shared. Atomic operations, and what is loaded fresh after them, say nothing."""
+    launch = getattr(getcurrent(), "launch", None)
+    if launch is not None and launch.races:
+        launch.accesses.note(address, size, how, 3)
 
 
 # -- rebuilding --------------------------------------------------------------------------------------------------
@@ -419,11 +436,12 @@ class Launch:
         self.blocks, self.threads, self.block, self.shared = Dim3(blocks), Dim3(threads), None, {}
         self.room, self.races = room, races  # bytes of a shared array of length 0; whether races are looked for
         self.epoch = 0  # how often all threads of a block have met
+        self.accesses = Accesses(self, 2)  # to what is not shared
 
 
 def launch(kernel, blocks, threads, args, order=None, room=0, races=False):
     """kernel[blocks, threads, 0, room](*args); `order` seeds a shuffling of blocks and threads; with `races`, see
-    Watched."""
+    Accesses."""
     if blocks < 1 or not 1 <= threads <= 1024:
         raise SimError(f"{blocks} blocks of {threads} threads")
     now = Launch(blocks, threads, room, races)
@@ -442,7 +460,7 @@ def _run_block(function, args, threads, chance, launch):
     for i in range(threads):
         thread = greenlet(function)
         thread.number, thread.lane, thread.thread, thread.wait, thread.result = i, i & 31, Dim3(i), None, None
-        thread.started, thread.clock, thread.seen = False, 0, [-1] * 32
+        thread.started, thread.clock, thread.seen, thread.launch = False, 0, [-1] * 32, launch
         everyone.append(thread)
     warps = [everyone[first : first + 32] for first in range(0, threads, 32)]
     ready = list(everyone)

@@ -1,6 +1,6 @@
-"""Races in shared memory, looked for without a GPU: in every kernel, and in every kernel without one of its barriers.
+"""Races, looked for without a GPU: in every kernel, and in every kernel without one of its barriers.
 
-compute-sanitizer's racecheck looks for the same on a device (`few_calls` in test_cuda_device.py).
+compute-sanitizer's racecheck looks for those in shared memory on a device (`few_calls` in test_cuda_device.py).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ pytest.importorskip("greenlet", reason="greenlet is not installed")
 
 import cuda_on_host as host
 import simt
-from test_cuda_device import FUNCTIONS, inputs
+from test_cuda_device import FUNCTIONS, NAN, inputs
 
 import numbaloss as nl
 from numbaloss.cuda import _launch
@@ -26,6 +26,17 @@ from numbaloss.cuda import _launch
 pytestmark = pytest.mark.skipif(host.ON_DEVICE, reason="a GPU")
 
 EVALUATION, UNDEFINED = "Evaluation", "logsumexp of NaN"
+CROSS_ENTROPY, KL = nl.value_and_grad(nl.cross_entropy), nl.value_and_grad(nl.kl_divergence, "logits_p")
+IN_PLACE = {  # gradients that overwrite the logits, each in the same memory
+    "in place": lambda x, y, w, c, z: CROSS_ENTROPY(x, y, out=x, **NAN),
+    "in place, smoothed": lambda x, y, w, c, z: CROSS_ENTROPY(x, y, out=x, label_smoothing=0.1, **NAN),
+    "in place, soft": lambda x, y, w, c, z: CROSS_ENTROPY(x, z, out=x),
+    "in place, KL": lambda x, y, w, c, z: KL(x[: len(x) // 2], x[-(len(x) // 2) :], out=x[: len(x) // 2]),
+}
+OWN = IN_PLACE | {
+    EVALUATION: lambda x, y, w, c, z: tuple(nl.Evaluation().update(x, y, w).result()[:4]),
+    UNDEFINED: lambda x, y, w, c, z: nl.logsumexp(x),
+}
 NAMES = ["none", "mean", "score_tokens", "logsumexp", "softmax", "dense", "gradient none", "options", "kl", "js"]
 NAMES += ["sequence_loss by step"]
 STREAMS = ("none", "score_tokens", "logsumexp")
@@ -37,13 +48,12 @@ CASES += [("none", 150, 1000, "bfloat16"), ("mean", 5000, 3, "float32"), (EVALUA
 CASES += [(name, 3, 8200, "float64") for name in (*STREAMS, UNDEFINED, "gradient none")]
 CASES += [(name, *shape, "bfloat16") for shape in SHAPES for name in NAMES]
 CASES += [(name, *shape, "float32") for shape in SHAPES[:3] for name in NAMES]
+CASES += [(name, *shape, dtype) for shape in SHAPES[:4] for name in IN_PLACE for dtype in ("bfloat16", "float32")]
 CASES += [(name, 1, MANY_PARTS, "bfloat16") for name in (*STREAMS, "dense")]
 
 
 def call(name, *arrays):
-    if name == EVALUATION:
-        return tuple(nl.Evaluation().update(*arrays[:3]).result()[:4])
-    return nl.logsumexp(arrays[0]) if name == UNDEFINED else FUNCTIONS[name](*arrays)
+    return (OWN.get(name) or FUNCTIONS[name])(*arrays)
 
 
 @contextlib.contextmanager
@@ -66,7 +76,7 @@ def run(name, rows, classes, dtype, order=None):
     assert_same_bits(got, host.results(call(name, *arrays)), f"{name} {rows}x{classes} {dtype}")
 
 
-@pytest.mark.parametrize("name", [*NAMES, EVALUATION, UNDEFINED])
+@pytest.mark.parametrize("name", [*NAMES, *OWN])
 def test_no_races(name):
     for case in CASES:
         if case[0] == name:

@@ -19,7 +19,7 @@ from numba.core.errors import NumbaError
 from numbaloss import _intrinsics, _scalar, _typed
 from numbaloss.cuda import _memory
 from numbaloss.cuda._chunks import warp_max, warp_sum
-from numbaloss.cuda._memory import WIDTH, load, store
+from numbaloss.cuda._memory import WIDTH, atomic_add, load, store
 
 ZERO = np.float32(0)
 ALL = 0xFFFFFFFF
@@ -177,13 +177,40 @@ def test_races(room):
         cuda.syncthreads()
         cuda.atomic.add(shared, 0, 1)
         cuda.syncthreads()
-        store(address, shared[0])
+        if cuda.threadIdx.x == 0:
+            store(address, shared[0])
 
     for kernel, threads in ((read_first, 32), (two_writes, 2), (two_warps, 64), (addition, 32)):
         with pytest.raises(simt.SimError, match="nothing orders them"):
             run(kernel, threads, room[0], races=True)
     run(additions, 64, room[0], races=True)
     assert room[1].view(np.int64)[0] == 64
+
+
+def test_races_in_global_memory(room):
+    """Between threads and between blocks; an atomic addition is none."""
+
+    def in_place(address):
+        x = load(ZERO, address)
+        store(address + 4 * cuda.laneid, x)
+
+    def ordered(address):
+        x = load(ZERO, address)
+        cuda.syncwarp()
+        store(address + 4 * cuda.laneid, x)
+
+    def blocks(address):
+        if cuda.threadIdx.x == 0:
+            store(address, ZERO)
+
+    def additions(address):
+        atomic_add(address, np.int64(1))
+
+    for kernel, grid in ((in_place, 1), (blocks, 2)):
+        with pytest.raises(simt.SimError, match="nothing orders them"):
+            run(kernel, 32, room[0], blocks=grid, races=True)
+    run(ordered, 32, room[0], races=True)
+    run(additions, 32, room[0], blocks=2, races=True)
 
 
 def test_exchange_between_threads(room):
