@@ -21,7 +21,7 @@ import numbaloss as nl
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy tells of infinities
 
-CALLS = int(os.environ.get("RANDOM_CALLS", 100))
+CALLS = int(os.environ.get("RANDOM_CALLS", 40))
 AT_A_TIME = 20
 INF, NAN = np.inf, np.nan
 

@@ -468,8 +468,8 @@ MUTANTS = {
     ),
     "CUDA: a gradient in place of a logit that is still to be read": (
         "cuda/dense.py",
-        "    if warps > 1:\n        cuda.syncthreads()  # in place",
-        "    if warps > 99:\n        cuda.syncthreads()  # in place",
+        "    if warps > 1:\n        cuda.syncthreads()\n    cuda.syncwarp()  # in place",
+        "    if warps > 99:\n        cuda.syncthreads()\n    cuda.syncwarp()  # in place",
         "test_cuda_options.py::test_in_place_of_chunks",
     ),
     "CUDA: labels of the second half of a Vector": (
