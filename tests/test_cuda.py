@@ -661,7 +661,7 @@ def test_totals_of_any_numbers(kind, two_blocks):
         weights = np.where(np.arange(n) % 3 == 0, 1.0, np.roll(numbers("all exponents", n), 1) ** 2)
         for w, divisor in ((None, NOTHING), (weights, FACTORS), (values, NONZERO_OR_NONE)):
             check_total(values, w, divisor)
-        check_total(np.full(n, np.nan), weights, FACTORS_ALONE)  # which is not read
+        check_total(np.full(n, np.nan), weights, FACTORS_ALONE)  # whatever the values
     check_total(numbers(kind, 2100).astype(np.float32), None, FACTORS)
 
 
