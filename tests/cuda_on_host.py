@@ -261,10 +261,9 @@ def zeros_like(like):
 
 @twin(_memory.load_vector)
 def load_vector(like, address, team):
-    n, dtype = per_load(like), dtype_of(like)
-    for g in range(WIDTH // n):
-        simt.touch_memory(int(address) + g * 16 * int(team), 16, simt.READS)
-    return widened(MEMORY.loads(address, WIDTH // n, 16 * int(team), dtype))
+    count, step = WIDTH // per_load(like), 16 * int(team)
+    simt.touch_memory(int(address), 16, simt.READS, count, step)
+    return widened(MEMORY.loads(address, count, step, dtype_of(like)))
 
 
 @functools.cache
@@ -289,8 +288,7 @@ def neighbours(like, position, begin, end, team=32):
 
 def _load(dtype, address, stride, first, last, out):
     """out[i] = item i of a load for i in [first, last)."""
-    for i in range(first, last):
-        simt.touch_memory(address + i * stride, dtype.itemsize, simt.READS)
+    simt.touch_memory(address + first * stride, dtype.itemsize, simt.READS, last - first, stride)
     if last - first == out.size and stride == dtype.itemsize and address % 16 == 0:
         out[...] = widened(MEMORY.view(address, 16, 16).view(dtype))
     else:
@@ -444,21 +442,30 @@ def await_oldest(like, capacity):
 
 @twin(_memory.store_ring)
 def store_ring(like, where, item):
+    _store_bytes(where, np.array([item]).view(np.uint8))
+
+
+def _store_bytes(where, items):
     ring, place = _ring(where)
-    if place + item.itemsize > ring.size:
+    if place + items.size > ring.size:
         raise simt.SimError(f"byte {place} of a ring of {ring.size}")
-    ring[place : place + item.itemsize] = np.array([item]).view(np.uint8)
+    ring[place : place + items.size] = items
+
+
+@functools.cache
+def _hidden(dtype):
+    """A load of -inf, as bytes."""
+    return narrowed(dtype.type(0), np.full(16 // dtype.itemsize, -np.inf, np.float32)).view(np.uint8)
 
 
 @twin(_memory.hide_item)
 def hide_item(like, where):
-    store_ring(like, where, narrowed(like, np.float32([-np.inf]))[0])
+    _store_bytes(where, _hidden(dtype_of(like))[: dtype_of(like).itemsize])
 
 
 @twin(_memory.hide_load)
 def hide_load(like, where):
-    for k in range(per_load(like)):
-        hide_item(like, int(where) + k * dtype_of(like).itemsize)
+    _store_bytes(where, _hidden(dtype_of(like)))
 
 
 @twin(_memory.load_ring)
@@ -522,8 +529,7 @@ def load_apart(like, like_items, address, stride, position, end):
     for k, step, count in neighbours(like, position, position, end):
         if k >= result.size:
             break
-        for i in range(step, step + count):
-            simt.touch_memory(address + i * stride, dtype.itemsize, simt.READS)
+        simt.touch_memory(address + step * stride, dtype.itemsize, simt.READS, count, stride)
         if stride == dtype.itemsize:
             result[k : k + count] = widened(MEMORY.view(address + step * stride, count * stride, stride).view(dtype))
         else:

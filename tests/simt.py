@@ -319,11 +319,12 @@ def touch(array, how):
         array.access(0, array.nbytes, how, 4)
 
 
-def touch_memory(address, size, how):
-    """As touch, with what is not shared. Atomic operations, and what is loaded fresh after them, say nothing."""
-    launch = getattr(getcurrent(), "launch", None)
-    if launch is not None and launch.races:
-        launch.accesses.note(address, size, how, 3)
+def touch_memory(address, size, how, count=1, step=0):
+    """As touch, with `count` places that are not shared, `step` bytes from one to the next. Atomic operations, and what
+    is loaded fresh after them, say nothing."""
+    if Launch.watched is not None:
+        for i in range(count):
+            Launch.watched.accesses.note(address + i * step, size, how, 3)
 
 
 # -- rebuilding --------------------------------------------------------------------------------------------------
@@ -432,6 +433,8 @@ def _replace(value, cuda, done):
 
 
 class Launch:
+    watched = None  # the one in which races are looked for, while it runs
+
     def __init__(self, blocks, threads, room, races):
         self.blocks, self.threads, self.block, self.shared = Dim3(blocks), Dim3(threads), None, {}
         self.room, self.races = room, races  # bytes of a shared array of length 0; whether races are looked for
@@ -450,9 +453,13 @@ def launch(kernel, blocks, threads, args, order=None, room=0, races=False):
     numbers = list(range(blocks))
     if chance:
         chance.shuffle(numbers)
-    for block in numbers:
-        now.block, now.shared = Dim3(block), {}
-        _run_block(function, args, threads, chance, now)
+    Launch.watched = now if races else None
+    try:
+        for block in numbers:
+            now.block, now.shared = Dim3(block), {}
+            _run_block(function, args, threads, chance, now)
+    finally:
+        Launch.watched = None
 
 
 def _run_block(function, args, threads, chance, launch):
@@ -460,7 +467,7 @@ def _run_block(function, args, threads, chance, launch):
     for i in range(threads):
         thread = greenlet(function)
         thread.number, thread.lane, thread.thread, thread.wait, thread.result = i, i & 31, Dim3(i), None, None
-        thread.started, thread.clock, thread.seen, thread.launch = False, 0, [-1] * 32, launch
+        thread.started, thread.clock, thread.seen = False, 0, [-1] * 32
         everyone.append(thread)
     warps = [everyone[first : first + 32] for first in range(0, threads, 32)]
     ready = list(everyone)

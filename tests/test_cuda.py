@@ -114,14 +114,16 @@ class ConvertedEvaluation(nl.Evaluation):
         return super().update(*(host.to_cupy(a) for a in args))
 
 
-ELEMENTWISE = ("sigmoid_cross_entropy_with_logits", "weighted_cross_entropy_with_logits")
-READ_AGAIN = ("softmax", "log_softmax", "score_tokens", "softmax_cross_entropy_with_logits")
+ELEMENTWISE = ("sigmoid_cross_entropy_with_logits", "weighted_cross_entropy_with_logits", "value_and_grad of sigmoids")
+OF_SEVEN_CHUNKS = ("cross_entropy", "score_tokens", "softmax", "value_and_grad", "value_and_grad with options")
 
 
 def takes_long(name, dtype, classes):
-    """Of 50257 classes, seven chunks: functions that know no chunks, and those that read logits more than once in all
-    but one dtype of each precision. How others are loaded shows in rows of two chunks, and in other functions."""
-    return classes == "50257" and (name in ELEMENTWISE or name in READ_AGAIN and dtype in ("float16", "float32"))
+    """Of 50257 classes, seven chunks: all but one function of each way to take chunks, in one dtype of each precision.
+    How others are loaded shows in rows of two chunks, which functions that know no chunks do without."""
+    if name in ELEMENTWISE:
+        return int(classes) > 1000
+    return classes == "50257" and (name not in OF_SEVEN_CHUNKS or dtype in ("float16", "float32"))
 
 
 @pytest.mark.parametrize("name", test_hashes.functions())
@@ -130,7 +132,7 @@ def test_hashes_on_cupy(name, monkeypatch):
     monkeypatch.setattr(test_hashes, "nl", Converted())
     every = test_hashes.kept([name])
     wanted = every if ON_DEVICE else {key: every[key] for key in every if not takes_long(*key.rsplit(" ", 2))}
-    assert len(wanted) >= 12
+    assert len(wanted) >= (8 if name in ELEMENTWISE else 12)
     assert test_hashes.hashes([name], wanted) == wanted
 
 
@@ -218,16 +220,17 @@ def test_rows_in_a_stream(dtype, classes):
     x[8] -= 60
     x[9, 5], x[11, 3], x[12, classes - 1] = NAN, INF, INF
     x[10], x[13, classes // 2 :], x[14, ::2] = -INF, -INF, -INF
-    for k in (0, 1, 20, 21, 22, 23, 24, 25, 40, 69):
+    for k in (0, 1, 20, 21, 22, 23, 24, 25, 39, 69):
         y[k] = -100
     y[30] = classes
     check(none, x[:40], y[:40])
-    check(none, x, y)
+    if classes < 8192:
+        check(none, x, y)
     check(none, x[:5, 1:], np.array([-100, -100, 3, -100, 1]))
 
 
 @pytest.mark.parametrize("classes, begin", [(1100, 0), (1101, 1), (9001, 3)])
-@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float32], ids=["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["bfloat16", "float32"])
 def test_scores_in_a_stream(dtype, classes, begin):
     """Largest logits and ranks beside sums: equal ones in one round, two, two chunks, and at the target, before it or
     behind; NaN and infinities there and elsewhere; a target far below the others; logits far from 0."""
@@ -352,7 +355,7 @@ def test_subnormal_gradients(dtype):
 @pytest.mark.parametrize("classes, rows", [(1, 40), (6, 40), (7, 300), (32, 60), (64, 33), (65, 33), (128, 70)])
 def test_few_classes(classes, rows, dtype):
     """[1, 2, 12] More than a block's rows; equal logits, zeros of either sign, NaN, infinities; between boundaries."""
-    for offset in (0, 3):
+    for offset in (0, 3) if classes in (32, 64, 128) else (3,):  # rows of others are not aligned anyway
         x, y = make_logits(rows, classes + offset, dtype, seed=offset)[:, offset:], make_labels(rows, classes)
         x[::3] = np.arange(classes) % 3 - 2
         x[1], x[2, classes // 2], x[4, -1], x[5, 0], x[7], x[8, 0] = -INF, NAN, INF, -INF, -0.0, -NAN
@@ -362,10 +365,10 @@ def test_few_classes(classes, rows, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("classes", [130, 1025, 8200, 33_000])
+@pytest.mark.parametrize("classes", [130, 1025, 8200, 17_000])
 def test_equal_logits(classes, dtype):
     """The first of the largest is the one that a sum leaves out, in whichever round or chunk it is."""
-    for offset in (0, 3):
+    for offset in (0, 3) if classes < 8192 else (3,):
         x = make_logits(6, classes + offset, dtype)[:, offset:]
         x[0], x[1], x[2], x[3, -1] = np.arange(classes) % 7 - 9, -0.0, np.arange(classes) % 2 * 0.0 - 0.0, 7
         x[4, classes // 3 :: classes // 5], x[5, :: classes // 2] = 9, NAN

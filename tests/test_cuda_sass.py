@@ -252,15 +252,21 @@ def whole_ptx(dtype, arch, layout, **more):
     return ptx_by(*modules_of(dtype, layout), arch, **more)
 
 
+def written_for(dtype, arch):
+    """Whose PTX is assembled. NVVM writes the same for sm_80 as for sm_90 (test_ptx_before_blackwell). From sm_100 on
+    it is another NVVM, whose PTX of the other dtypes takes long: see test_no_local_memory_on_blackwell."""
+    return arch if arch == "sm_100" and dtype in ("bfloat16", "float32") else "sm_90"
+
+
 @on_disk
-def machine_code(dtype, arch, layout="close", **more):
+def machine_code(dtype, arch, layout="close", source=None, **more):
     """{kernel: Code} of every kernel that takes this dtype; `more` are options of NVVM."""
-    ptx = whole_ptx(dtype, "sm_90" if arch == "sm_80" else arch, layout, **more)  # see test_ptx_before_blackwell
+    ptx = whole_ptx(dtype, source or written_for(dtype, arch), layout, **more)
     names = [case.name for case in cases(dtype, layouts=(layout,))]
     of = dict(zip(names, entries(ptx), strict=True))  # in the order in which they were given
     assert [name for name, entry in of.items() if f"{name.split()[0]}B" not in entry] == []
+    ptx = re.sub(r"\.target sm_\d+", f".target {arch}", ptx)
     if arch == "sm_80":
-        ptx = ptx.replace(".target sm_90", ".target sm_80")
         for name, entry in of.items():
             bound = rf"(\.entry {entry}\([^{{]*\.minnctapersm) \d+"
             ptx = re.sub(bound, rf"\1 {blocks_on(arch, name, dtype)}", ptx, count=1)
@@ -352,8 +358,13 @@ def arguments_fit(case, ptx):
     return _launch.signature(args) == case.signature and packed == [int(bits) for bits in declared]
 
 
-ARCHS = ("sm_90", "sm_80", "sm_100")  # sm_80 takes sm_90's PTX
+ARCHS = ("sm_90", "sm_80", "sm_100")
 NO_STACK = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+
+def stacks(codes):
+    """Of the kernels that have one."""
+    return {name: code.stack for name, code in codes.items() if code.stack != NO_STACK}
 
 
 def each_case(*dtypes):
@@ -365,19 +376,23 @@ def each_case(*dtypes):
 def test_no_local_memory(dtype, arch):
     """No stack, hence no LDL and no STL."""
     codes = machine_code(dtype, arch)
-    stacks = {name: code.stack for name, code in codes.items()}
-    assert {name: stack for name, stack in stacks.items() if stack != NO_STACK} == {}
+    assert stacks(codes) == {}
     assert [case.name for case in cases(dtype) if not arguments_fit(case, codes[case.name].ptx)] == []
     known = {name: bounded(name, dtype).shared for name in codes}  # by which blocks are planned
     assert {name: codes[name].shared for name in codes if known[name]} == {name: n for name, n in known.items() if n}
 
 
 @pytest.mark.architectures
+@pytest.mark.parametrize("dtype", ["float16", "float64"], scope="module")
+def test_no_local_memory_on_blackwell(dtype):
+    assert stacks(machine_code(dtype, "sm_100", source="sm_100")) == {}
+
+
+@pytest.mark.architectures
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"], scope="module")
 def test_no_local_memory_for_classes_apart(dtype):
     codes = machine_code(dtype, "sm_90", "strided")
-    stacks = {name: code.stack for name, code in codes.items()}
-    assert {name: stack for name, stack in stacks.items() if stack != NO_STACK} == {}
+    assert stacks(codes) == {}
     wanted = cases(dtype, layouts=("strided",))
     assert [case.name for case in wanted if not arguments_fit(case, codes[case.name].ptx)] == []
 
@@ -389,7 +404,7 @@ SOME = [("bfloat16", ("_sparse_xent_grad",)), ("float64", ("_entropy",)), ("floa
     "dtype, names", [*SOME, *(pytest.param(dtype, KERNELS, marks=pytest.mark.architectures) for dtype in LIKE)]
 )
 def test_ptx_before_blackwell(dtype, names):
-    """NVVM writes the same for sm_80 as for sm_90. (From sm_100 on it is another NVVM.)"""
+    """NVVM writes the same for sm_80 as for sm_90."""
     for case in cases(dtype, names):
         assert ptx_of(case, "sm_80").replace("sm_80", "sm_90") == ptx_of(case, "sm_90"), case.name
 

@@ -69,16 +69,14 @@ class Bounded:
 
     def __init__(self, function, threads, blocks, room, shared):
         self.py_func, self.threads, self.room, self.most_room = function, threads, room, room * threads // 32
-        self.shared, self._most, self._blocks, self._jits = shared, blocks, {}, {}
+        self.shared, self._most, self._jits = shared, blocks, {}
 
     def blocks(self, number):
         """How many blocks a multiprocessor of device `number` is to hold at once."""
-        if number not in self._blocks:
-            shared, most = _multiprocessor(number)
-            if self.shared:
-                most = min(most, max(1, shared // (self.shared + self.most_room + SYSTEM_SHARED)))
-            self._blocks[number] = min(self._most, most)
-        return self._blocks[number]
+        shared, most = _multiprocessor(number)
+        if self.shared:
+            most = min(most, max(1, shared // (self.shared + self.most_room + SYSTEM_SHARED)))
+        return min(self._most, most)
 
     def jit(self, number):
         """What compiles it for device `number`."""
