@@ -1,0 +1,654 @@
+"""Runs the PTX of a kernel on the CPU: what the compilers made of it, its inline assembly included, without a GPU.
+
+A register is a NumPy array with an item for each thread of a block, a basic block of the code a Python function of
+such arrays. The threads that stand at the first place in the code go on, until they meet others: shuffles, votes and
+barriers wait for their warp, wherever in the code its threads are, or for all of the block. Found are accesses out of
+the memory that was allocated or at a wrong alignment, and threads that miss a barrier; shared memory that is read
+before it is written, and copies that are not awaited, by other bits. What ptxas makes of the PTX is not run.
+"""
+
+import re
+
+import numpy as np
+from numba import vectorize
+from simt import MEMORY, SimError
+
+from numbaloss import _intrinsics
+
+KINDS = {"p": "?", "rs": "u2", "h": "u2", "r": "u4", "rd": "u8", "f": "f4", "fd": "f8"}  # of registers, by their names
+ALL = 0xFFFFFFFF
+FREE, BARRIER, END = 0, -1, -2  # what stops threads, beside meetings of their warp: those are numbered
+
+
+@vectorize(["f4(f4,f4,f4)", "f8(f8,f8,f8)"])
+def fma(a, b, c):
+    return _intrinsics.fma(a, b, c)
+
+
+# -- what instructions do --------------------------------------------------------------------------------------------
+
+
+def _larger(a, b):
+    """Of numbers; +0 is larger than -0."""
+    kind = f"u{a.dtype.itemsize}"
+    return np.where(a == b, (a.view(kind) & b.view(kind)).view(a.dtype), np.fmax(a, b))
+
+
+def _smaller(a, b):
+    kind = f"u{a.dtype.itemsize}"
+    return np.where(a == b, (a.view(kind) | b.view(kind)).view(a.dtype), np.fmin(a, b))
+
+
+def _larger_or_nan(a, b):
+    return np.where((a != a) | (b != b), a.dtype.type(np.nan), _larger(a, b))
+
+
+def _pairs(a, b, widen, narrow):
+    """The larger of each half of words, or NaN."""
+    parts = []
+    for shift in (0, 16):
+        x, y = (widen((v >> np.uint32(shift)).astype("u2")) for v in (a, b))
+        parts.append(np.where((x != x) | (y != y), np.uint16(0x7FFF), narrow(_larger(x, y))).astype("u4"))
+    return parts[0] | parts[1] << np.uint32(16)
+
+
+def from_bfloat16(x):
+    return (np.asarray(x).astype("u4") << np.uint32(16)).view("f4")
+
+
+def to_bfloat16(x):
+    word = np.asarray(x).view("u4")
+    rounded = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(x == x, rounded, np.uint32(0x7FFF)).astype("u2")
+
+
+def from_float16(x):
+    return np.asarray(x).view("f2").astype("f4")
+
+
+def to_float16(x):
+    return np.where(x == x, np.asarray(x).astype("f2").view("u2"), np.uint16(0x7FFF))
+
+
+def _truncated(x):
+    """float64 to int64; what does not fit becomes the nearest, NaN the least."""
+    inside = (x > -(2.0**63)) & (x < 2.0**63)
+    whole = np.where(inside, x, 0).astype("i8")
+    return np.where(inside, whole, np.where(x >= 2.0**63, np.int64(2**63 - 1), np.int64(-(2**63))))
+
+
+def _divided(a, b):
+    q = np.abs(a) // np.abs(b) if a.dtype.kind == "i" else a // b
+    return np.where((a < 0) != (b < 0), -q, q) if a.dtype.kind == "i" else q
+
+
+def _left(a, n):
+    return np.where(n < a.dtype.itemsize * 8, a << n.astype(a.dtype), a.dtype.type(0))
+
+
+def _right(a, n):
+    most = a.dtype.itemsize * 8 - 1
+    shifted = a >> np.minimum(n, most).astype(a.dtype)
+    return shifted if a.dtype.kind == "i" else np.where(n <= most, shifted, a.dtype.type(0))
+
+
+def _high(a, b):
+    wide = [int(x) * int(y) >> 64 for x, y in zip(*np.broadcast_arrays(a, b))]
+    return np.array([x & (2**64 - 1) for x in wide], "u8").view(a.dtype)
+
+
+def _inserted(a, b, begin, count):
+    """bfi: the bits of a in b, of constants."""
+    kind = b.dtype.type
+    mask = kind(((1 << int(count)) - 1) << int(begin))
+    return b & ~mask | (a << kind(int(begin))) & mask
+
+
+def _turned(a, b, n):
+    """shf.l.wrap"""
+    n = n & np.uint32(31)
+    return np.where(n == 0, b, b << n | a >> (np.uint32(32) - n & np.uint32(31)))
+
+
+COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+BINARY = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "mul": "*"}
+
+
+# -- a program -------------------------------------------------------------------------------------------------------
+
+
+def _operands(text):
+    return [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[]+)+", text) if x.strip()]
+
+
+class Program:
+    """One entry of a PTX."""
+
+    def __init__(self, ptx, entry):
+        self.symbols, self.size, extern = {}, 1024, None
+        head, _, text = ptx.partition(f".entry {entry}(")
+        declarations, _, body = text.partition("\n{\n")
+        self.parameters = re.findall(r"\.param \.(\w+) (\w+)", declarations)
+        body = body.partition("\n}\n")[0]
+        for align, name, size in re.findall(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\];", head):
+            if re.search(rf"\b{name}\b", body):
+                if size:
+                    self.size = -(-self.size // int(align)) * int(align)
+                    self.symbols[name] = self.size
+                    self.size += int(size)
+                else:
+                    extern = name
+        if extern:
+            self.size = -(-self.size // 16) * 16
+            self.symbols[extern] = self.size
+        self._constants = {}
+        self._compile(list(self._lines(body)))
+
+    @staticmethod
+    def _lines(body):
+        """Labels as text, instructions as (guard, opcode, operands)."""
+        for line in body.split("\n"):
+            line = line.partition("//")[0].strip()
+            if label := re.fullmatch(r"(\$\w+):", line):
+                yield label[1]
+            for statement in line.strip("{} ").split(";") if not line.startswith((".", "$")) and ";" in line else ():
+                statement = statement.strip()
+                if not statement or statement.startswith("."):
+                    continue
+                if statement.count("{") > statement.count("}"):
+                    statement += "}"
+                found = re.fullmatch(r"(?:@(!?%p\d+)\s+)?([\w.:]+)\s*(.*)", statement)
+                yield found[1], found[2], _operands(found[3])
+
+    def _compile(self, lines):
+        blocks, labels, current = [], {}, []
+        for line in lines:
+            if type(line) is str:
+                if current:
+                    blocks.append(current)
+                    current = []
+                labels[line] = len(blocks)
+                continue
+            if self._meets(line[1]) and current:
+                blocks.append(current)
+                current = []
+            current.append(line)
+            if line[1].startswith(("bra", "ret", "exit")):
+                blocks.append(current)
+                current = []
+        if current:
+            blocks.append(current)
+        registers = [self._registers(block) for block in blocks]
+        shared = set().union(*(reads for reads, _ in registers))
+        source = []
+        for i, (block, (reads, writes)) in enumerate(zip(blocks, registers)):
+            source.append(f"def block_{i}(R, at, n, M, met=None):")
+            source += [f"    {x} = R[{x!r}][at]" for x in sorted(reads)]
+            if self._meets(block[0][1]) == "warp":
+                asked = self._asked(block[0][1].split("."), block[0][2])
+                source += ["    if met is None:", f"        return {asked}"]
+            after = f"    return {i + 1}"
+            for guard, opcode, operands in block:
+                if opcode.startswith("bra"):
+                    to = labels[operands[-1]]
+                    after = f"    return {to}"
+                    if guard:
+                        test = guard.replace("%", "").replace("!", "~")
+                        after = f"    return np.where({test}, {to}, {i + 1})"
+                elif opcode in ("ret", "exit"):
+                    after = "    return LAST"
+                else:
+                    if guard:
+                        raise NotImplementedError(f"a guard before {opcode}")
+                    source += ["    " + line for line in self._translate(opcode, operands)]
+            source += [f"    R[{x!r}][at] = {x}" for x in sorted(writes & shared)]
+            source.append(after)
+        self.end = len(blocks)
+        names = {**globals(), **self._constants, "LAST": self.end}
+        exec(compile("\n".join(source), "ptx", "exec"), names)
+        self.run_block = [names[f"block_{i}"] for i in range(len(blocks))]
+        opcodes = [block[0][1] for block in blocks]
+        known = sorted({x for x in opcodes if self._meets(x) == "warp"})
+        self.met = {i + 1: x.split(".") for i, x in enumerate(known)}
+        kinds = {None: FREE, "block": BARRIER}
+        kinds = [known.index(x) + 1 if x in known else kinds[self._meets(x)] for x in opcodes]
+        self.kind = np.array([*kinds, END])
+        self.shared_registers = shared
+
+    @staticmethod
+    def _meets(opcode):
+        if opcode.startswith(("shfl", "redux", "vote", "bar.warp")):
+            return "warp"
+        return "block" if opcode.startswith("bar.sync") else None
+
+    @staticmethod
+    def _registers(block):
+        """(those read before they are written, those written)"""
+        reads, writes = set(), set()
+        for guard, opcode, operands in block:
+            names = [re.findall(r"%((?:p|rs|h|rd|r|fd|f)\d+)\b", x) for x in operands]
+            to = 0 if opcode.startswith(("st", "bra", "bar", "cp", "membar", "ret", "red.")) else 1
+            if guard:
+                reads |= set(re.findall(r"%(p\d+)", guard)) - writes
+            for part in names[to:]:
+                reads |= set(part) - writes
+            for part in names[:to]:
+                writes |= set(part)
+        return reads, writes
+
+    # Operands as Python expressions
+
+    def _constant(self, value):
+        name = f"C{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+    def _value(self, text, kind):
+        """An operand of NumPy kind `kind`."""
+        if found := re.fullmatch(r"%((p|rs|h|rd|r|fd|f)\d+)", text):
+            natural = KINDS[found[2]]
+            if natural == kind:
+                return found[1]
+            if np.dtype(natural).itemsize == np.dtype(kind).itemsize:
+                return f"{found[1]}.view({kind!r})"
+            bits = f"{found[1]}.astype('u{np.dtype(kind).itemsize}')"  # the lower ones
+            return bits if kind.startswith("u") else f"{bits}.view({kind!r})"
+        if special := {
+            "%laneid": "M.lane",
+            "%tid.x": "M.thread",
+            "%ctaid.x": "M.block",
+            "%ntid.x": "M.threads",
+            "%nctaid.x": "M.blocks",
+            "%dynamic_smem_size": "M.room",
+        }.get(text):
+            return f"(np.zeros(n, 'u4') + {special}{'[at]' if special in ('M.lane', 'M.thread') else ''})"
+        if text in self.symbols:
+            return self._constant(np.array([self.symbols[text]], kind))
+        if text.startswith("0f"):
+            number = np.uint32(int(text[2:], 16)).view("f4")
+        elif text.startswith("0d"):
+            number = np.uint64(int(text[2:], 16)).view("f8")
+        elif kind == "?":
+            return self._constant(np.array([int(text) != 0]))
+        else:
+            size = np.dtype(kind).itemsize
+            number = np.array([int(text, 0) & (1 << 8 * size) - 1], f"u{size}").view(kind)[0]
+        return self._constant(np.array([number], kind))
+
+    @staticmethod
+    def _natural(register):
+        return KINDS[re.fullmatch(r"%(p|rs|h|rd|r|fd|f)\d+", register)[1]]
+
+    def _set(self, register, expression, kind):
+        """A statement that sets a register to what has this kind."""
+        natural = self._natural(register)
+        if natural == kind:
+            return f"{register[1:]} = {expression}"
+        if np.dtype(natural).itemsize == np.dtype(kind).itemsize:
+            return f"{register[1:]} = np.asarray({expression}).view({natural!r})"
+        wide = f"{kind[0]}{np.dtype(natural).itemsize}"
+        return f"{register[1:]} = np.asarray({expression}).astype({wide!r}).view({natural!r})"
+
+    def _address(self, text):
+        found = re.fullmatch(r"\[(%?\w+)(?:\+(-?\d+))?\]", text)
+        name, offset = found[1], found[2]
+        if name.startswith("%"):
+            base = self._value(name, self._natural(name)) + ".astype('u8')"
+        else:
+            base = self._constant(np.array([self.symbols[name]], "u8"))
+        return f"spread({base} + {self._constant(np.array([int(offset or 0) & 2**64 - 1], 'u8'))}, n)"
+
+    def _translate(self, opcode, operands):
+        parts = opcode.split(".")
+        name = parts[0]
+        kind = {"b": "u", "s": "i", "u": "u", "f": "f"}.get(parts[-1][0], "?")
+        size = re.fullmatch(r"[bsuf](\d+)", parts[-1])
+        kind = f"{kind}{int(size[1]) // 8}" if size else "?"
+        v = self._value
+
+        if name == "mov":
+            if operands[1].startswith("{"):
+                items = [x.strip() for x in operands[1][1:-1].split(",")]
+                small = 8 * np.dtype(kind).itemsize // len(items)
+                words = [
+                    f"({v(x, f'u{small // 8}')}.astype({kind!r}) << {self._constant(np.array([small * i], kind))})"
+                    for i, x in enumerate(items)
+                ]
+                return [self._set(operands[0], " | ".join(words), kind)]
+            if operands[0].startswith("{"):
+                items = [x.strip() for x in operands[0][1:-1].split(",")]
+                small = np.dtype(kind).itemsize // len(items)
+                whole = v(operands[1], kind)
+                shift = [self._constant(np.array([8 * small * i], kind)) for i in range(len(items))]
+                return [
+                    self._set(x, f"({whole} >> {s}).astype('u{small}')", f"u{small}")
+                    for x, s in zip(items, shift)
+                    if x != "_"
+                ]
+            kind = self._natural(operands[0]) if kind == "?" else kind
+            return [self._set(operands[0], v(operands[1], kind), kind)]
+        if name in ("ld", "st"):
+            return self._memory(parts, operands)
+        if name in ("shfl", "redux", "vote"):
+            return self._together(parts, operands)
+        if name == "bar" or name == "membar":
+            return ["pass"]
+        if name == "cp":
+            if parts[2] == "commit_group":
+                return ["M.end_group(at)"]
+            if parts[2] == "wait_group":
+                return [f"M.await_groups(at, {int(operands[0])})"]
+            if parts[2] == "wait_all":
+                return ["M.await_groups(at, 0)"]
+            if operands[2] != "16":
+                raise NotImplementedError(f"{opcode} {operands}")
+            return [f"M.copy(at, {self._address(operands[0])}, {self._address(operands[1])})"]
+        if name == "atom":
+            if parts[2] != "add" or kind != "u8":
+                raise NotImplementedError(opcode)
+            where = "M.add_shared" if parts[1] == "shared" else "add_global"
+            value = f"{where}({self._address(operands[1])}, spread({v(operands[2], kind)}, n))"
+            return [self._set(operands[0], value, kind)]
+        if name == "cvt":
+            return self._convert(parts, operands)
+        if name == "setp":
+            a, b = v(operands[1], kind), v(operands[2], kind)
+            test = parts[1]
+            if test in ("num", "nan"):
+                expression = f"({a} == {a}) & ({b} == {b})"
+                expression = f"~({expression})" if test == "nan" else f"({expression})"
+            elif kind[0] == "f" and test == "ne":
+                expression = f"({a} != {b}) & ({a} == {a}) & ({b} == {b})"
+            elif kind[0] == "f" and test.endswith("u") and test[:-1] in COMPARE:
+                expression = f"({a} {COMPARE[test[:-1]]} {b}) | ({a} != {a}) | ({b} != {b})"
+            else:
+                expression = f"({a} {COMPARE[test]} {b})"
+            return [self._set(operands[0], expression, "?")]
+        if name == "selp":
+            values = f"{v(operands[1], kind)}, {v(operands[2], kind)}"
+            return [self._set(operands[0], f"np.where({v(operands[3], '?')}, {values})", kind)]
+        if kind == "?" and parts[-1] not in ("pred", "bf16x2", "f16x2"):
+            raise NotImplementedError(opcode)
+        if parts[-1] in ("bf16x2", "f16x2"):
+            if parts[:2] != ["max", "NaN"]:
+                raise NotImplementedError(opcode)
+            both = "from_bfloat16, to_bfloat16" if parts[-1] == "bf16x2" else "from_float16, to_float16"
+            return [self._set(operands[0], f"_pairs({v(operands[1], 'u4')}, {v(operands[2], 'u4')}, {both})", "u4")]
+        if name == "mul" and parts[1] == "wide":
+            wide = f"{kind[0]}{2 * int(kind[1])}"
+            a, b = (f"{v(x, kind)}.astype({wide!r})" for x in operands[1:])
+            return [self._set(operands[0], f"{a} * {b}", wide)]
+        if name in ("shl", "shr"):
+            function = "_left" if name == "shl" else "_right"
+            return [self._set(operands[0], f"{function}({v(operands[1], kind)}, {v(operands[2], 'u4')})", kind)]
+        a = [v(x, kind) for x in operands[1:]]
+        if name == "mul" and parts[1] == "hi":
+            expression = f"_high({a[0]}, {a[1]})"
+        elif name in BINARY:
+            expression = f"{a[0]} {BINARY[name]} {a[1]}"
+        elif name == "mad":
+            expression = f"{a[0]} * {a[1]} + {a[2]}"
+        elif name == "fma":
+            expression = f"fma({a[0]}, {a[1]}, {a[2]})"
+        elif name == "not":
+            expression = f"~{a[0]}"
+        elif name == "neg":
+            expression = f"-{a[0]}"
+        elif name == "abs":
+            expression = f"np.abs({a[0]})"
+        elif name == "rcp":
+            expression = f"{self._constant(np.array([1], kind))} / {a[0]}"
+        elif name == "div" and kind[0] == "f":
+            expression = f"{a[0]} / {a[1]}"
+        elif name == "div":
+            expression = f"_divided({a[0]}, {a[1]})"
+        elif name == "rem":
+            expression = f"{a[0]} - _divided({a[0]}, {a[1]}) * {a[1]}"
+        elif name in ("max", "min") and kind[0] == "f":
+            function = {"max": "_larger", "min": "_smaller"}[name] + ("_or_nan" if "NaN" in parts else "")
+            expression = f"{function}({a[0]}, {a[1]})"
+        elif name in ("max", "min"):
+            expression = f"np.{name}imum({a[0]}, {a[1]})"
+        elif name == "bfi":
+            a[2:] = [str(int(x, 0)) for x in operands[3:]]
+            expression = f"_inserted({', '.join(a)})"
+        elif name == "shf" and parts[1:3] == ["l", "wrap"]:
+            expression = f"_turned({', '.join(a)})"
+        else:
+            raise NotImplementedError(opcode)
+        return [self._set(operands[0], expression, kind)]
+
+    def _convert(self, parts, operands):
+        to, source = parts[-2], parts[-1]
+        kinds = []
+        for x in (to, source):
+            kinds.append({"b": "u", "s": "i", "u": "u", "f": "f"}[x[0]] + str(int(re.findall(r"\d+", x)[0]) // 8))
+        if to == "bf16":
+            return [self._set(operands[0], f"to_bfloat16({self._value(operands[1], 'f4')})", "u2")]
+        if to == "f16":
+            if source != "f32":
+                raise NotImplementedError(parts)
+            return [self._set(operands[0], f"to_float16({self._value(operands[1], 'f4')})", "u2")]
+        if source in ("f16", "bf16"):
+            function = "from_float16" if source == "f16" else "from_bfloat16"
+            value = f"{function}({self._value(operands[1], 'u2')})"
+            return [self._set(operands[0], f"{value}.astype({kinds[0]!r})", kinds[0])]
+        value = self._value(operands[1], kinds[1])
+        if kinds[1][0] == "f" and kinds[0][0] != "f":
+            if parts[1] != "rzi" or kinds != ["i8", "f8"]:
+                raise NotImplementedError(parts)
+            return [self._set(operands[0], f"_truncated({value})", "i8")]
+        return [self._set(operands[0], f"{value}.astype({kinds[0]!r})", kinds[0])]
+
+    def _memory(self, parts, operands):
+        letter, bits = re.fullmatch(r"([bsuf])(\d+)", parts[-1]).groups()
+        kind, count = f"{ {'b': 'u', 's': 'i', 'u': 'u', 'f': 'f'}[letter] }{int(bits) // 8}", 1
+        for part in parts:
+            count = int(part[1:]) if part in ("v2", "v4") else count
+        space = next(x for x in parts if x in ("param", "global", "shared"))
+        if space == "param":
+            number = [name for _, name in self.parameters].index(operands[1][1:-1])
+            return [self._set(operands[0], f"M.parameters[{number}].astype({kind!r})", kind)]
+        size = np.dtype(kind).itemsize
+        if parts[0] == "ld":
+            items = [x.strip() for x in operands[0].strip("{}").split(",")]
+            load = f"M.load_{space}({self._address(operands[1])}, {size * count}, {kind!r})"
+            if count == 1:
+                return [self._set(items[0], f"{load}[:, 0]", kind)]
+            return [f"loaded = {load}", *(self._set(x, f"loaded[:, {i}].copy()", kind) for i, x in enumerate(items))]
+        items = [x.strip() for x in operands[1].strip("{}").split(",")]
+        values = ", ".join(f"spread({self._value(x, kind)}, n)" for x in items)
+        return [f"M.store_{space}({self._address(operands[0])}, np.stack([{values}], 1))"]
+
+    def _asked(self, parts, operands):
+        """What a thread brings to a meeting of its warp, or True."""
+        if parts[0] == "bar":
+            return "True"
+        kinds = {"shfl": ["u4"] * 4, "redux": ["i4", "u4"], "vote": ["?", "u4"]}[parts[0]]
+        return ", ".join(f"spread({self._value(x, kind)}, n)" for x, kind in zip(operands[1:], kinds))
+
+    def _together(self, parts, operands):
+        to, _, valid = operands[0].partition("|")
+        kind = {"shfl": "u4", "redux": "i4", "vote": "?"}[parts[0]]
+        lines = [self._set(to, "met", kind)]
+        return [*lines, self._set(valid, "np.ones(n, bool)", "?")] if valid else lines
+
+
+# -- a block's memory ------------------------------------------------------------------------------------------------
+
+
+def spread(x, n):
+    return x if x.shape == (n,) else np.broadcast_to(x, n)
+
+
+def _global(addresses, size):
+    """[(which of them, bytes of a range of memory, where they lie in it)]"""
+    if (addresses & np.uint64(min(size, 16) - 1)).any():
+        raise SimError(f"{size} bytes at a wrong alignment")
+    left, result = np.arange(addresses.size), []
+    while left.size:
+        first = int(addresses[left[0]])
+        found = MEMORY._find(first, size, 1)
+        here = (addresses[left] >= np.uint64(found.start)) & (addresses[left] + np.uint64(size) <= np.uint64(found.end))
+        result.append((left[here], found.bytes, (addresses[left[here]] - np.uint64(found.start)).astype("i8")))
+        left = left[~here]
+    return result
+
+
+def add_global(addresses, values):
+    before = np.empty(values.size, "u8")
+    for i, (address, value) in enumerate(zip(addresses, values)):
+        array, k = MEMORY.item(int(address), np.dtype(np.uint64))
+        before[i] = array[k]
+        array[k] += value
+    return before
+
+
+class Block:
+    """What the threads of a block share; `parameters` are arrays of one item."""
+
+    def __init__(self, program, block, blocks, threads, room, parameters):
+        self.block, self.blocks, self.threads = np.uint32(block), np.uint32(blocks), np.uint32(threads)
+        self.thread = np.arange(threads, dtype="u4")
+        self.lane, self.parameters = self.thread & np.uint32(31), parameters
+        self.shared = np.full(program.size + room, 0x41, np.uint8)  # 12.08 or 2261634.5: no kernel looks for it
+        self.room = np.uint32(room)
+        self.pending, self.group = [], np.zeros(threads, np.int64)
+        self.copies = 0
+
+    def load_global(self, addresses, size, kind):
+        out = np.empty((addresses.size, size), np.uint8)
+        for which, memory, at in _global(addresses, size):
+            out[which] = memory[at[:, None] + np.arange(size)]
+        return out.view(kind)
+
+    def store_global(self, addresses, values):
+        raw = np.ascontiguousarray(values).view(np.uint8)
+        for which, memory, at in _global(addresses, raw.shape[1]):
+            memory[at[:, None] + np.arange(raw.shape[1])] = raw[which]
+
+    def _place(self, addresses, size):
+        at = addresses.astype("i8")
+        if (at % min(size, 16)).any() or at.min() < 1024 or at.max() + size > self.shared.size:
+            raise SimError(f"{size} bytes of shared memory at {at.min()} to {at.max()} of {self.shared.size}")
+        return at[:, None] + np.arange(size)
+
+    def load_shared(self, addresses, size, kind):
+        return self.shared[self._place(addresses, size)].view(kind)
+
+    def store_shared(self, addresses, values):
+        raw = np.ascontiguousarray(values).view(np.uint8)
+        self.shared[self._place(addresses, raw.shape[1])] = raw
+
+    def add_shared(self, addresses, values):
+        before, words = np.empty(values.size, "u8"), self.shared[: self.shared.size // 8 * 8].view("u8")
+        self._place(addresses, 8)
+        for i, (address, value) in enumerate(zip(addresses, values)):
+            before[i] = words[int(address) // 8]
+            words[int(address) // 8] += value
+        return before
+
+    def copy(self, at, to, source):
+        """Every second one at once, the others not before they are awaited."""
+        self.copies += 1
+        threads = self.thread[at]
+        data = self.load_global(source, 16, "u1")
+        if self.copies % 2:
+            self.shared[self._place(to, 16)] = data
+        else:
+            self.pending.append((threads, self.group[threads], self._place(to, 16), data))
+
+    def end_group(self, at):
+        self.group[at] += 1
+
+    def await_groups(self, at, under_way):
+        done = np.full(self.thread.size, -1)
+        done[at] = self.group[at] - under_way  # groups below have come
+        left = []
+        for threads, groups, place, data in self.pending:
+            come = groups < done[threads]
+            self.shared[place[come]] = data[come]
+            if not come.all():
+                left.append((threads[~come], groups[~come], place[~come], data[~come]))
+        self.pending = left
+
+
+def meet(parts, asked):
+    """What the threads of whole warps get of an instruction that they execute together."""
+    if parts[0] == "bar":
+        return True
+    if (asked[-1] != ALL).any():
+        raise NotImplementedError("a mask of some threads")
+    values = asked[0].reshape(-1, 32)
+    if parts[0] == "redux":
+        return np.repeat(values.max(1), 32)
+    if parts[0] == "vote":
+        return np.repeat(values.any(1), 32)
+    lane, b = np.arange(32), asked[1].reshape(-1, 32).astype("i8")
+    source = {"bfly": lane ^ b, "idx": b & 31, "up": lane - b}[parts[2]]
+    return np.take_along_axis(values, np.where(source < 0, lane, source), 1).reshape(-1)
+
+
+def run(program, blocks, threads, room, numbers):
+    """Start blocks of threads with these numbers, a NumPy scalar for each parameter."""
+    if threads % 32:
+        raise SimError(f"expected whole warps, got {threads} threads")
+    kinds = [{"u": "u", "f": "f", "s": "i", "b": "u"}[t[0]] + str(int(t[1:]) // 8) for t, _ in program.parameters]
+    parameters = []
+    for x, kind in zip(numbers, kinds, strict=True):
+        whole = int(x) & (1 << 8 * int(kind[1])) - 1 if kind[0] != "f" else x
+        parameters.append(np.array([whole], kind))
+    with np.errstate(all="ignore"):
+        for block in range(blocks):
+            _run_block(program, Block(program, block, blocks, threads, room, parameters))
+
+
+def _run_block(program, M):
+    size = M.thread.size
+    R = {x: np.zeros(size, KINDS[re.match("[a-z]+", x)[0]]) for x in program.shared_registers}
+    place, everyone = np.zeros(size, np.int64), slice(None)
+    while True:
+        first = place[0]
+        if (place == first).all():
+            kind = program.kind[first]
+            if kind == END:
+                return
+            step, met = program.run_block[first], None
+            if kind > 0:
+                met = meet(program.met[kind], step(R, everyone, size, M))
+            place[:] = step(R, everyone, size, M, met)
+            continue
+        kinds = program.kind[place]
+        if (kinds == FREE).any():
+            here = place[kinds == FREE].min()
+            at = np.flatnonzero(place == here)
+            place[at] = program.run_block[here](R, at, at.size, M)
+            continue
+        of_warp = kinds.reshape(-1, 32)
+        ready = (of_warp == of_warp[:, :1]).all(1) & (of_warp[:, 0] > 0)
+        if ready.any():
+            kind = of_warp[ready][0, 0]
+            at = np.flatnonzero(np.repeat(ready & (of_warp[:, 0] == kind), 32))
+            _go_on(program, M, R, place, at, program.met[kind])
+        elif (kinds == BARRIER).all():
+            _go_on(program, M, R, place, np.arange(size), ["bar"])
+        else:
+            where = {int(p): (int((place == p).sum()), int(program.kind[p])) for p in np.unique(place)}
+            raise SimError(f"threads wait for different things, (threads, for what) by block of the code: {where}")
+
+
+def _go_on(program, M, R, place, at, parts):
+    """Threads that have met, wherever in the code, go on."""
+    groups = [np.flatnonzero(place[at] == here) for here in np.unique(place[at])]
+    steps = [(program.run_block[place[at[group[0]]]], at[group], group) for group in groups]
+    met = True
+    if parts[0] != "bar":
+        asked = None
+        for step, threads, group in steps:
+            own = step(R, threads, threads.size, M)
+            asked = asked or [np.empty(at.size, x.dtype) for x in own]
+            for x, y in zip(asked, own):
+                x[group] = y
+        met = meet(parts, asked)
+    for step, threads, group in steps:
+        place[threads] = step(R, threads, threads.size, M, met if met is True else met[group])
