@@ -10,12 +10,14 @@ before it is written, and copies that are not awaited, by other bits. What ptxas
 import re
 
 import numpy as np
+from cuda_on_host import narrowed, widened
 from numba import vectorize
 from simt import MEMORY, SimError
 
 from numbaloss import _intrinsics
 
 KINDS = {"p": "?", "rs": "u2", "h": "u2", "r": "u4", "rd": "u8", "f": "f4", "fd": "f8"}  # of registers, by their names
+LETTERS = str.maketrans("bs", "ui")  # of types
 ALL = 0xFFFFFFFF
 FREE, BARRIER, END = 0, -1, -2  # what stops threads, beside meetings of their warp: those are numbered
 
@@ -53,21 +55,19 @@ def _pairs(a, b, widen, narrow):
 
 
 def from_bfloat16(x):
-    return (np.asarray(x).astype("u4") << np.uint32(16)).view("f4")
+    return widened(np.asarray(x))
 
 
 def to_bfloat16(x):
-    word = np.asarray(x).view("u4")
-    rounded = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return np.where(x == x, rounded, np.uint32(0x7FFF)).astype("u2")
+    return narrowed(np.uint16(0), np.asarray(x))
 
 
 def from_float16(x):
-    return np.asarray(x).view("f2").astype("f4")
+    return widened(np.asarray(x).view("i2"))
 
 
 def to_float16(x):
-    return np.where(x == x, np.asarray(x).astype("f2").view("u2"), np.uint16(0x7FFF))
+    return narrowed(np.int16(0), np.asarray(x)).view("u2")
 
 
 def _truncated(x):
@@ -111,10 +111,24 @@ def _turned(a, b, n):
 
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+EXPRESSIONS = {
+    "mad": "{0} * {1} + {2}",
+    "fma": "fma({0}, {1}, {2})",
+    "not": "~{0}",
+    "neg": "-{0}",
+    "abs": "np.abs({0})",
+}
+EXPRESSIONS |= {"rcp": "{0}.dtype.type(1) / {0}", "rem": "{0} - _divided({0}, {1}) * {1}"}
 BINARY = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "mul": "*"}
 
 
 # -- a program -------------------------------------------------------------------------------------------------------
+
+
+def kind_of(text):
+    """NumPy's kind of a type, such as i4 of s32; f2 of f16 and bf16, ? of pred and of pairs."""
+    found = re.fullmatch(r"b?([bsuf])(\d+)", text)
+    return f"{found[1].translate(LETTERS)}{int(found[2]) // 8}" if found else "?"
 
 
 def _operands(text):
@@ -301,9 +315,7 @@ class Program:
     def _translate(self, opcode, operands):
         parts = opcode.split(".")
         name = parts[0]
-        kind = {"b": "u", "s": "i", "u": "u", "f": "f"}.get(parts[-1][0], "?")
-        size = re.fullmatch(r"[bsuf](\d+)", parts[-1])
-        kind = f"{kind}{int(size[1]) // 8}" if size else "?"
+        kind = kind_of(parts[-1])
         v = self._value
 
         if name == "mov":
@@ -386,24 +398,10 @@ class Program:
             expression = f"_high({a[0]}, {a[1]})"
         elif name in BINARY:
             expression = f"{a[0]} {BINARY[name]} {a[1]}"
-        elif name == "mad":
-            expression = f"{a[0]} * {a[1]} + {a[2]}"
-        elif name == "fma":
-            expression = f"fma({a[0]}, {a[1]}, {a[2]})"
-        elif name == "not":
-            expression = f"~{a[0]}"
-        elif name == "neg":
-            expression = f"-{a[0]}"
-        elif name == "abs":
-            expression = f"np.abs({a[0]})"
-        elif name == "rcp":
-            expression = f"{self._constant(np.array([1], kind))} / {a[0]}"
-        elif name == "div" and kind[0] == "f":
-            expression = f"{a[0]} / {a[1]}"
+        elif name in EXPRESSIONS:
+            expression = EXPRESSIONS[name].format(*a)
         elif name == "div":
-            expression = f"_divided({a[0]}, {a[1]})"
-        elif name == "rem":
-            expression = f"{a[0]} - _divided({a[0]}, {a[1]}) * {a[1]}"
+            expression = f"{a[0]} / {a[1]}" if kind[0] == "f" else f"_divided({a[0]}, {a[1]})"
         elif name in ("max", "min") and kind[0] == "f":
             function = {"max": "_larger", "min": "_smaller"}[name] + ("_or_nan" if "NaN" in parts else "")
             expression = f"{function}({a[0]}, {a[1]})"
@@ -420,9 +418,7 @@ class Program:
 
     def _convert(self, parts, operands):
         to, source = parts[-2], parts[-1]
-        kinds = []
-        for x in (to, source):
-            kinds.append({"b": "u", "s": "i", "u": "u", "f": "f"}[x[0]] + str(int(re.findall(r"\d+", x)[0]) // 8))
+        kinds = [kind_of(to), kind_of(source)]
         if to == "bf16":
             return [self._set(operands[0], f"to_bfloat16({self._value(operands[1], 'f4')})", "u2")]
         if to == "f16":
@@ -441,8 +437,7 @@ class Program:
         return [self._set(operands[0], f"{value}.astype({kinds[0]!r})", kinds[0])]
 
     def _memory(self, parts, operands):
-        letter, bits = re.fullmatch(r"([bsuf])(\d+)", parts[-1]).groups()
-        kind, count = f"{ {'b': 'u', 's': 'i', 'u': 'u', 'f': 'f'}[letter] }{int(bits) // 8}", 1
+        kind, count = kind_of(parts[-1]), 1
         for part in parts:
             count = int(part[1:]) if part in ("v2", "v4") else count
         space = next(x for x in parts if x in ("param", "global", "shared"))
@@ -593,7 +588,7 @@ def run(program, blocks, threads, room, numbers):
     """Start blocks of threads with these numbers, a NumPy scalar for each parameter."""
     if threads % 32:
         raise SimError(f"expected whole warps, got {threads} threads")
-    kinds = [{"u": "u", "f": "f", "s": "i", "b": "u"}[t[0]] + str(int(t[1:]) // 8) for t, _ in program.parameters]
+    kinds = [kind_of(t) for t, _ in program.parameters]
     parameters = []
     for x, kind in zip(numbers, kinds, strict=True):
         whole = int(x) & (1 << 8 * int(kind[1])) - 1 if kind[0] != "f" else x
