@@ -320,6 +320,13 @@ def settled(total, change, curvature, high):
 
 
 @scalar
+def settled_js(total, change, high):
+    """The Jensen-Shannon divergence, at most ln 2. (min() of floats would take ln 2 of NaN too on CUDA.)"""
+    value = settled(total, change, 0.125, high)
+    return select(value > LN2, LN2, value)
+
+
+@scalar
 def slope_scale(scale, mean, high):
     """The factor of a row of slopes: NaN for rows without a softmax, or where the divergence is infinite."""
     defined = select(abs(high) < number(high, np.inf), abs(mean) < np.inf, False)

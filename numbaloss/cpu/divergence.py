@@ -8,7 +8,6 @@ from numba import njit, prange, types
 from numba.extending import overload
 
 from .._divergence_scalar import (
-    LN2,
     change_term,
     js_reverse_slope,
     js_slope,
@@ -17,6 +16,7 @@ from .._divergence_scalar import (
     kl_term,
     reverse_term,
     settled,
+    settled_js,
     slope_of,
     slope_scale,
     two_frames,
@@ -48,7 +48,7 @@ def _divergence(blocks, like, rows_p, rows_q, count, weights, kl, reverse, js):
                 sums = row_sums(like, rows, r, frame, kl, reverse, js, rooms)
                 write(kl, r, settled(sums[1], sums[0], 0.5, frame[0]))
                 write(reverse, r, settled(sums[2], sums[0], 0.5, frame[0]))
-                write(js, r, min(settled(sums[3], sums[0], 0.125, frame[0]), LN2))
+                write(js, r, settled_js(sums[3], sums[0], frame[0]))
 
 
 divergence = Kernel(_divergence)
@@ -188,7 +188,7 @@ def _js_grad(blocks, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p,
                 p, q = row_sum(like, rows_p, r, rooms), row_sum(like, rows_q, r, rooms)
                 frame = two_frames(p, q, 0.0)
                 sums = row_sums(like, rows, r, frame, None, None, loss, rooms)
-                loss[r] = min(settled(sums[3], sums[0], 0.125, frame[0]), LN2)
+                loss[r] = settled_js(sums[3], sums[0], frame[0])
                 frame = two_frames(p, q, sums[0])
                 mean_p = row_mean(js_slope, like_p, like, rows, r, frame, rooms)
                 mean_q = row_mean(js_reverse_slope, like_q, like, rows, r, frame, rooms)

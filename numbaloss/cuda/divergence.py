@@ -8,7 +8,6 @@ from numba.extending import overload
 
 from .._check import NO_LABEL
 from .._divergence_scalar import (
-    LN2,
     change_term,
     js_reverse_slope,
     js_slope,
@@ -17,6 +16,7 @@ from .._divergence_scalar import (
     kl_term,
     reverse_term,
     settled,
+    settled_js,
     slope_of,
     slope_scale,
     two_frames,
@@ -93,7 +93,7 @@ def _divergence(items, like, rows_p, rows_q, weights, sums, kl, reverse, js):
         put(like, reverse, r, settled(total, change, 0.5, frame[0]), first)
     if js != 0:
         change, total = row_totals(change_term, js_term, like, rows_p, rows_q, r, frame, room)
-        put(like, js, r, min(settled(total, change, 0.125, frame[0]), LN2), first)
+        put(like, js, r, settled_js(total, change, frame[0]), first)
 
 
 @device
@@ -280,7 +280,7 @@ def _js_grad(items, like, rows_p, rows_q, weights, sums, scale, loss, like_p, gr
     if looked_at:
         frame = load_frame(like, sums, r, 0.0)
         change, total = row_totals(change_term, js_term, like, rows_p, rows_q, r, frame, room)
-        value = min(settled(total, change, 0.125, frame[0]), LN2)
+        value = settled_js(total, change, frame[0])
         frame = load_frame(like, sums, r, change)
         mean_p, mean_q = row_totals(js_slope, js_reverse_slope, like, rows_p, rows_q, r, frame, room)
         factor = slope_scale(load(0.0, scale + r * 8), 0.0, frame[0])
