@@ -1,11 +1,12 @@
-"""CuPy arrays over host memory and the CUDA backend run by simt.py: public functions on real cupy.ndarray objects,
-without a GPU. Anything that would ask a driver raises.
+"""CuPy arrays over host memory and the CUDA backend run by ptx.py or simt.py: public functions on real cupy.ndarray
+objects, without a GPU. Anything that would ask a driver raises.
 """
 
 import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import struct
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from unittest import mock
 import cupy
 import ml_dtypes
 import numpy as np
+import ptx
 import simt
 from numba import njit
 from simt import MEMORY, scalar_twin, twin
@@ -24,6 +26,9 @@ from numbaloss.cuda import _operands as _operands  # loads what the kernels use
 
 DTYPES = {np.int16: np.dtype(np.int16), np.uint16: np.dtype(np.uint16)}
 WIDTH, LANES = _memory.WIDTH, np.arange(_memory.WIDTH)
+WIDEN = {np.dtype(np.uint16): ptx.from_bfloat16, np.dtype(np.int16): ptx.from_float16}
+NARROW = {np.dtype(np.uint16): ptx.to_bfloat16, np.dtype(np.int16): ptx.to_float16}
+SOURCES = "CUDA_SOURCES" in os.environ  # all kernels run in simt.py
 
 
 # -- arrays ------------------------------------------------------------------------------------------------------
@@ -116,24 +121,37 @@ def ascontiguousarray(x, dtype=None):
     return to_cupy(np.ascontiguousarray(to_numpy(x), dtype))
 
 
+def program_of(function, signature):
+    from compiled import program  # which imports what there is on Linux only
+
+    return program(function, signature)
+
+
 @contextlib.contextmanager
-def on_host(order=None, launches=None, races=False):
-    """CuPy's allocations come from host memory and kernels run in simt; `launches` collects (name, blocks, threads).
-    Nothing changes where there is a device."""
+def on_host(order=None, launches=None, races=False, sources=SOURCES):
+    """CuPy's allocations come from host memory. Kernels run in ptx.py, as they are compiled for sm_90; or in simt.py,
+    as they are written: those that compiled.py has not, all of them if `sources` are to run, in an `order` of the
+    threads, or with a look for races. `launches` collects (name, blocks, threads). Nothing changes on a device."""
     if ON_DEVICE:
         yield
         return
 
     def compiled(kernel, first, number):
-        _launch.signature(first), struct.calcsize(_launch.parameters(first))  # raise for what cannot be packed
+        signature = _launch.signature(first)
+        struct.calcsize(_launch.parameters(first))  # raises for what cannot be packed
+        program = None if sources or order or races else program_of(kernel.py_func, signature)
         sizes = [len(x) if type(x) is tuple else None for x in first]
 
         def start(blocks, threads, stream, numbers):
+            room = kernel.room * threads // 32
             if launches is not None:
                 launches.append((kernel.py_func.__name__, blocks, threads))
+            if program is not None:
+                ptx.run(program, blocks, threads, room, numbers)
+                return
             rest = iter(numbers)
             args = [next(rest) if n is None else tuple(itertools.islice(rest, n)) for n in sizes]
-            simt.launch(kernel, blocks, threads, args, order, kernel.room * threads // 32, races)
+            simt.launch(kernel, blocks, threads, args, order, room, races)
 
         return start
 
@@ -199,14 +217,8 @@ def per_load(like):
     return _PER_LOAD[type(like)]
 
 
-_WIDEN = {
-    np.dtype(np.uint16): lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32),
-    np.dtype(np.int16): lambda x: x.view(np.float16).astype(np.float32),
-}
-
-
 def widened(x):
-    return _WIDEN[x.dtype](x) if x.dtype in _WIDEN else x.copy()
+    return WIDEN[x.dtype](x) if x.dtype in WIDEN else x.copy()
 
 
 def precision(like):
@@ -332,14 +344,8 @@ def fill(like, x):
 
 def narrowed(like, v):
     """Items rounded to the type of `like`."""
-    if dtype_of(like) == np.int16:
-        with np.errstate(over="ignore"):
-            return np.where(v == v, v.astype(np.float16).view(np.int16), np.int16(0x7FFF))
-    if dtype_of(like) == np.uint16:
-        word = v.view(np.uint32)
-        rounded = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-        return np.where(v == v, rounded, np.uint32(0x7FFF)).astype(np.uint16)
-    return v.astype(dtype_of(like))
+    dtype = dtype_of(like)
+    return NARROW[dtype](v).view(dtype) if dtype in NARROW else v.astype(dtype)
 
 
 @twin(_memory.store_item)
@@ -612,7 +618,7 @@ def unless_zero(label, v, otherwise):
 
 @twin(_typed.widen)
 def widen(x):
-    return x if isinstance(x, np.floating) else _WIDEN[x.dtype](x)
+    return x if isinstance(x, np.floating) else WIDEN[x.dtype](x)
 
 
 @twin(_typed.item_size)

@@ -1,8 +1,8 @@
 """Runs the PTX of a kernel on the CPU: what the compilers made of it, its inline assembly included, without a GPU.
 
-A register is a NumPy array with an item for each thread of a block, a basic block of the code a Python function of
+A register is a NumPy array with an item for each thread of some blocks, a basic block of the code a Python function of
 such arrays. The threads that stand at the first place in the code go on, until they meet others: shuffles, votes and
-barriers wait for their warp, wherever in the code its threads are, or for all of the block. Found are accesses out of
+barriers wait for their warp, wherever in the code its threads are, or for all of their block. Found are accesses out of
 the memory that was allocated or at a wrong alignment, and threads that miss a barrier; shared memory that is read
 before it is written, and copies that are not awaited, by other bits. What ptxas makes of the PTX is not run.
 """
@@ -10,7 +10,6 @@ before it is written, and copies that are not awaited, by other bits. What ptxas
 import re
 
 import numpy as np
-from cuda_on_host import narrowed, widened
 from numba import vectorize
 from simt import MEMORY, SimError
 
@@ -55,19 +54,22 @@ def _pairs(a, b, widen, narrow):
 
 
 def from_bfloat16(x):
-    return widened(np.asarray(x))
+    return (x.astype("u4") << np.uint32(16)).view("f4")
 
 
 def to_bfloat16(x):
-    return narrowed(np.uint16(0), np.asarray(x))
+    word = x.view("u4")
+    rounded = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(x == x, rounded, np.uint32(0x7FFF)).astype("u2")
 
 
 def from_float16(x):
-    return widened(np.asarray(x).view("i2"))
+    return x.view("f2").astype("f4")
 
 
 def to_float16(x):
-    return narrowed(np.int16(0), np.asarray(x)).view("u2")
+    with np.errstate(over="ignore"):
+        return np.where(x == x, x.astype("f2").view("u2"), np.uint16(0x7FFF))
 
 
 def _truncated(x):
@@ -135,6 +137,21 @@ def _operands(text):
     return [x.strip() for x in re.findall(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[]+)+", text) if x.strip()]
 
 
+def registers_of(block):
+    """(those read before they are written, those written)"""
+    reads, writes = set(), set()
+    for guard, opcode, operands in block:
+        names = [re.findall(r"%((?:p|rs|h|rd|r|fd|f)\d+)\b", x) for x in operands]
+        to = 0 if opcode.startswith(("st", "bra", "bar", "cp", "membar", "ret", "red.")) else 1
+        if guard:
+            reads |= set(re.findall(r"%(p\d+)", guard)) - writes
+        for part in names[to:]:
+            reads |= set(part) - writes
+        for part in names[:to]:
+            writes |= set(part)
+    return reads, writes
+
+
 class Program:
     """One entry of a PTX."""
 
@@ -144,8 +161,9 @@ class Program:
         declarations, _, body = text.partition("\n{\n")
         self.parameters = re.findall(r"\.param \.(\w+) (\w+)", declarations)
         body = body.partition("\n}\n")[0]
+        words = set(re.findall(r"\w+", body))
         for align, name, size in re.findall(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d*)\];", head):
-            if re.search(rf"\b{name}\b", body):
+            if name in words:
                 if size:
                     self.size = -(-self.size // int(align)) * int(align)
                     self.symbols[name] = self.size
@@ -155,7 +173,7 @@ class Program:
         if extern:
             self.size = -(-self.size // 16) * 16
             self.symbols[extern] = self.size
-        self._constants = {}
+        self._names, self._steps = dict(globals()), {}
         self._compile(list(self._lines(body)))
 
     @staticmethod
@@ -192,42 +210,48 @@ class Program:
                 current = []
         if current:
             blocks.append(current)
-        registers = [self._registers(block) for block in blocks]
-        shared = set().union(*(reads for reads, _ in registers))
-        source = []
-        for i, (block, (reads, writes)) in enumerate(zip(blocks, registers)):
-            source.append(f"def block_{i}(R, at, n, M, met=None):")
-            source += [f"    {x} = R[{x!r}][at]" for x in sorted(reads)]
-            if self._meets(block[0][1]) == "warp":
-                asked = self._asked(block[0][1].split("."), block[0][2])
-                source += ["    if met is None:", f"        return {asked}"]
-            after = f"    return {i + 1}"
-            for guard, opcode, operands in block:
-                if opcode.startswith("bra"):
-                    to = labels[operands[-1]]
-                    after = f"    return {to}"
-                    if guard:
-                        test = guard.replace("%", "").replace("!", "~")
-                        after = f"    return np.where({test}, {to}, {i + 1})"
-                elif opcode in ("ret", "exit"):
-                    after = "    return LAST"
-                else:
-                    if guard:
-                        raise NotImplementedError(f"a guard before {opcode}")
-                    source += ["    " + line for line in self._translate(opcode, operands)]
-            source += [f"    R[{x!r}][at] = {x}" for x in sorted(writes & shared)]
-            source.append(after)
-        self.end = len(blocks)
-        names = {**globals(), **self._constants, "LAST": self.end}
-        exec(compile("\n".join(source), "ptx", "exec"), names)
-        self.run_block = [names[f"block_{i}"] for i in range(len(blocks))]
+        self._blocks, self._labels, self.end = blocks, labels, len(blocks)
+        self._registers = [registers_of(block) for block in blocks]
+        self.shared_registers = set().union(*(reads for reads, _ in self._registers))
         opcodes = [block[0][1] for block in blocks]
         known = sorted({x for x in opcodes if self._meets(x) == "warp"})
         self.met = {i + 1: x.split(".") for i, x in enumerate(known)}
         kinds = {None: FREE, "block": BARRIER}
         kinds = [known.index(x) + 1 if x in known else kinds[self._meets(x)] for x in opcodes]
         self.kind = np.array([*kinds, END])
-        self.shared_registers = shared
+
+    def step(self, i):
+        """The function of basic block i, which is translated when threads first come to it."""
+        if i not in self._steps:
+            text = "\n    ".join(self._source(i, self._blocks[i], *self._registers[i]))
+            exec(compile(text, "ptx", "exec"), self._names)
+            self._steps[i] = self._names["step"]
+        return self._steps[i]
+
+    def _source(self, i, block, reads, writes):
+        yield "def step(R, at, n, M, met=None):"
+        for x in sorted(reads):
+            yield f"{x} = R[{x!r}][at]"
+        if self._meets(block[0][1]) == "warp":
+            yield "if met is None:"
+            yield f"    return {self._asked(block[0][1].split('.'), block[0][2])}"
+        after = f"return {i + 1}"
+        for guard, opcode, operands in block:
+            if opcode.startswith("bra"):
+                to = self._labels[operands[-1]]
+                after = f"return {to}"
+                if guard:
+                    test = guard.replace("%", "").replace("!", "~")
+                    after = f"return np.where({test}, {to}, {i + 1})"
+            elif opcode in ("ret", "exit"):
+                after = f"return {self.end}"
+            else:
+                if guard:
+                    raise NotImplementedError(f"a guard before {opcode}")
+                yield from self._translate(opcode, operands)
+        for x in sorted(writes & self.shared_registers):
+            yield f"R[{x!r}][at] = {x}"
+        yield after
 
     @staticmethod
     def _meets(opcode):
@@ -235,26 +259,11 @@ class Program:
             return "warp"
         return "block" if opcode.startswith("bar.sync") else None
 
-    @staticmethod
-    def _registers(block):
-        """(those read before they are written, those written)"""
-        reads, writes = set(), set()
-        for guard, opcode, operands in block:
-            names = [re.findall(r"%((?:p|rs|h|rd|r|fd|f)\d+)\b", x) for x in operands]
-            to = 0 if opcode.startswith(("st", "bra", "bar", "cp", "membar", "ret", "red.")) else 1
-            if guard:
-                reads |= set(re.findall(r"%(p\d+)", guard)) - writes
-            for part in names[to:]:
-                reads |= set(part) - writes
-            for part in names[:to]:
-                writes |= set(part)
-        return reads, writes
-
     # Operands as Python expressions
 
     def _constant(self, value):
-        name = f"C{len(self._constants)}"
-        self._constants[name] = value
+        name = f"C{len(self._names)}"
+        self._names[name] = value
         return name
 
     def _value(self, text, kind):
@@ -268,14 +277,14 @@ class Program:
             bits = f"{found[1]}.astype('u{np.dtype(kind).itemsize}')"  # the lower ones
             return bits if kind.startswith("u") else f"{bits}.view({kind!r})"
         if special := {
-            "%laneid": "M.lane",
-            "%tid.x": "M.thread",
-            "%ctaid.x": "M.block",
+            "%laneid": "M.lane[at]",
+            "%tid.x": "M.thread[at]",
+            "%ctaid.x": "M.block[at]",
             "%ntid.x": "M.threads",
             "%nctaid.x": "M.blocks",
             "%dynamic_smem_size": "M.room",
         }.get(text):
-            return f"(np.zeros(n, 'u4') + {special}{'[at]' if special in ('M.lane', 'M.thread') else ''})"
+            return f"(np.zeros(n, 'u4') + {special})"
         if text in self.symbols:
             return self._constant(np.array([self.symbols[text]], kind))
         if text.startswith("0f"):
@@ -338,7 +347,7 @@ class Program:
                     if x != "_"
                 ]
             kind = self._natural(operands[0]) if kind == "?" else kind
-            return [self._set(operands[0], v(operands[1], kind), kind)]
+            return [self._set(operands[0], f"{v(operands[1], kind)}.copy()", kind)]  # the other may change before it
         if name in ("ld", "st"):
             return self._memory(parts, operands)
         if name in ("shfl", "redux", "vote"):
@@ -358,8 +367,7 @@ class Program:
         if name == "atom":
             if parts[2] != "add" or kind != "u8":
                 raise NotImplementedError(opcode)
-            where = "M.add_shared" if parts[1] == "shared" else "add_global"
-            value = f"{where}({self._address(operands[1])}, spread({v(operands[2], kind)}, n))"
+            value = f"M.add_{parts[1]}(at, {self._address(operands[1])}, spread({v(operands[2], kind)}, n))"
             return [self._set(operands[0], value, kind)]
         if name == "cvt":
             return self._convert(parts, operands)
@@ -444,16 +452,15 @@ class Program:
         if space == "param":
             number = [name for _, name in self.parameters].index(operands[1][1:-1])
             return [self._set(operands[0], f"M.parameters[{number}].astype({kind!r})", kind)]
-        size = np.dtype(kind).itemsize
         if parts[0] == "ld":
             items = [x.strip() for x in operands[0].strip("{}").split(",")]
-            load = f"M.load_{space}({self._address(operands[1])}, {size * count}, {kind!r})"
+            load = f"M.load_{space}(at, {self._address(operands[1])}, {count}, {kind!r})"
             if count == 1:
                 return [self._set(items[0], f"{load}[:, 0]", kind)]
             return [f"loaded = {load}", *(self._set(x, f"loaded[:, {i}].copy()", kind) for i, x in enumerate(items))]
         items = [x.strip() for x in operands[1].strip("{}").split(",")]
         values = ", ".join(f"spread({self._value(x, kind)}, n)" for x in items)
-        return [f"M.store_{space}({self._address(operands[0])}, np.stack([{values}], 1))"]
+        return [f"M.store_{space}(at, {self._address(operands[0])}, np.stack([{values}], 1))"]
 
     def _asked(self, parts, operands):
         """What a thread brings to a meeting of its warp, or True."""
@@ -469,100 +476,131 @@ class Program:
         return [*lines, self._set(valid, "np.ones(n, bool)", "?")] if valid else lines
 
 
-# -- a block's memory ------------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------------------------
 
 
 def spread(x, n):
     return x if x.shape == (n,) else np.broadcast_to(x, n)
 
 
-def _global(addresses, size):
+def take(memory, at, count, kind):
+    """(as many arrays of `count` items of this kind as there are places in these bytes)"""
+    words, places = items_at(memory, at, count, kind)
+    return words[places]
+
+
+def put(memory, at, values):
+    words, places = items_at(memory, at, values.shape[1], values.dtype)
+    words[places] = values
+
+
+def items_at(memory, at, count, kind):
+    """(an array of this kind in these bytes, where `count` items lie in it from each place on)"""
+    size = np.dtype(kind).itemsize
+    first = -memory.ctypes.data % size  # where addresses are multiples of it
+    words = memory[first : first + (memory.size - first) // size * size].view(kind)
+    return words, ((at - first) // size)[:, None] + np.arange(count)
+
+
+def add(memory, at, values):
+    """What each of these words held before, as they are added to one after the other."""
+    order = np.argsort(at, kind="stable")
+    at, values = at[order], values[order]
+    sums = np.cumsum(values) - values
+    first = np.maximum.accumulate(np.where(np.diff(at, prepend=-1) != 0, np.arange(at.size), 0))
+    before = take(memory, at, 1, "u8")[:, 0] + (sums - sums[first])
+    last = np.diff(at, append=-1) != 0
+    put(memory, at[last], (before + values)[last, None])
+    result = np.empty_like(before)
+    result[order] = before
+    return result
+
+
+def ranges(addresses, size):
     """[(which of them, bytes of a range of memory, where they lie in it)]"""
-    if (addresses & np.uint64(min(size, 16) - 1)).any():
+    if (addresses & np.uint64(size - 1)).any():
         raise SimError(f"{size} bytes at a wrong alignment")
     left, result = np.arange(addresses.size), []
     while left.size:
-        first = int(addresses[left[0]])
-        found = MEMORY._find(first, size, 1)
+        found = MEMORY._find(int(addresses[left[0]]), size, 1)
         here = (addresses[left] >= np.uint64(found.start)) & (addresses[left] + np.uint64(size) <= np.uint64(found.end))
         result.append((left[here], found.bytes, (addresses[left[here]] - np.uint64(found.start)).astype("i8")))
         left = left[~here]
     return result
 
 
-def add_global(addresses, values):
-    before = np.empty(values.size, "u8")
-    for i, (address, value) in enumerate(zip(addresses, values)):
-        array, k = MEMORY.item(int(address), np.dtype(np.uint64))
-        before[i] = array[k]
-        array[k] += value
-    return before
+class Blocks:
+    """What the threads of some blocks of a grid have and share; `parameters` are arrays of one item."""
 
-
-class Block:
-    """What the threads of a block share; `parameters` are arrays of one item."""
-
-    def __init__(self, program, block, blocks, threads, room, parameters):
-        self.block, self.blocks, self.threads = np.uint32(block), np.uint32(blocks), np.uint32(threads)
-        self.thread = np.arange(threads, dtype="u4")
+    def __init__(self, program, some, blocks, threads, room, parameters):
+        self.threads, self.blocks, self.room = np.uint32(threads), np.uint32(blocks), np.uint32(room)
+        self.block, self.thread = (
+            np.repeat(np.array(some, "u4"), threads),
+            np.tile(np.arange(threads, dtype="u4"), len(some)),
+        )
         self.lane, self.parameters = self.thread & np.uint32(31), parameters
-        self.shared = np.full(program.size + room, 0x41, np.uint8)  # 12.08 or 2261634.5: no kernel looks for it
-        self.room = np.uint32(room)
-        self.pending, self.group = [], np.zeros(threads, np.int64)
+        self.every = np.arange(self.thread.size)
+        self.size = program.size + room  # bytes of a block's shared memory
+        stride = -(-self.size // 16) * 16
+        self.begin = np.repeat(np.arange(len(some)) * stride, threads)
+        self.shared = np.full(len(some) * stride, 0x41, np.uint8)  # 12.08 or 2261634.5: no kernel looks for it
+        self.pending, self.group = [], np.zeros(self.thread.size, np.int64)
         self.copies = 0
 
-    def load_global(self, addresses, size, kind):
-        out = np.empty((addresses.size, size), np.uint8)
-        for which, memory, at in _global(addresses, size):
-            out[which] = memory[at[:, None] + np.arange(size)]
-        return out.view(kind)
+    def load_global(self, at, addresses, count, kind):
+        parts = ranges(addresses, np.dtype(kind).itemsize * count)
+        if len(parts) == 1:
+            return take(*parts[0][1:], count, kind)
+        out = np.empty((addresses.size, count), kind)
+        for which, memory, places in parts:
+            out[which] = take(memory, places, count, kind)
+        return out
 
-    def store_global(self, addresses, values):
-        raw = np.ascontiguousarray(values).view(np.uint8)
-        for which, memory, at in _global(addresses, raw.shape[1]):
-            memory[at[:, None] + np.arange(raw.shape[1])] = raw[which]
+    def store_global(self, at, addresses, values):
+        for which, memory, places in ranges(addresses, values.itemsize * values.shape[1]):
+            put(memory, places, values[which])
 
-    def _place(self, addresses, size):
-        at = addresses.astype("i8")
-        if (at % min(size, 16)).any() or at.min() < 1024 or at.max() + size > self.shared.size:
-            raise SimError(f"{size} bytes of shared memory at {at.min()} to {at.max()} of {self.shared.size}")
-        return at[:, None] + np.arange(size)
-
-    def load_shared(self, addresses, size, kind):
-        return self.shared[self._place(addresses, size)].view(kind)
-
-    def store_shared(self, addresses, values):
-        raw = np.ascontiguousarray(values).view(np.uint8)
-        self.shared[self._place(addresses, raw.shape[1])] = raw
-
-    def add_shared(self, addresses, values):
-        before, words = np.empty(values.size, "u8"), self.shared[: self.shared.size // 8 * 8].view("u8")
-        self._place(addresses, 8)
-        for i, (address, value) in enumerate(zip(addresses, values)):
-            before[i] = words[int(address) // 8]
-            words[int(address) // 8] += value
+    def add_global(self, at, addresses, values):
+        before = np.empty_like(values)
+        for which, memory, places in ranges(addresses, 8):
+            before[which] = add(memory, places, values[which])
         return before
+
+    def _place(self, at, addresses, size):
+        where = addresses.astype("i8")
+        if (where % size).any() or where.min() < 1024 or where.max() + size > self.size:
+            raise SimError(f"{size} bytes of shared memory at {where.min()} to {where.max()} of {self.size}")
+        return where + self.begin[at]
+
+    def load_shared(self, at, addresses, count, kind):
+        return take(self.shared, self._place(at, addresses, np.dtype(kind).itemsize * count), count, kind)
+
+    def store_shared(self, at, addresses, values):
+        put(self.shared, self._place(at, addresses, values.itemsize * values.shape[1]), values)
+
+    def add_shared(self, at, addresses, values):
+        return add(self.shared, self._place(at, addresses, 8), values)
 
     def copy(self, at, to, source):
         """Every second one at once, the others not before they are awaited."""
         self.copies += 1
-        threads = self.thread[at]
-        data = self.load_global(source, 16, "u1")
+        threads, places = self.every[at], self._place(at, to, 16)
+        data = self.load_global(at, source, 2, "u8")
         if self.copies % 2:
-            self.shared[self._place(to, 16)] = data
+            put(self.shared, places, data)
         else:
-            self.pending.append((threads, self.group[threads], self._place(to, 16), data))
+            self.pending.append((threads, self.group[threads], places, data))
 
     def end_group(self, at):
         self.group[at] += 1
 
     def await_groups(self, at, under_way):
-        done = np.full(self.thread.size, -1)
+        done = np.full(self.every.size, -1)
         done[at] = self.group[at] - under_way  # groups below have come
         left = []
         for threads, groups, place, data in self.pending:
             come = groups < done[threads]
-            self.shared[place[come]] = data[come]
+            put(self.shared, place[come], data[come])
             if not come.all():
                 left.append((threads[~come], groups[~come], place[~come], data[~come]))
         self.pending = left
@@ -584,6 +622,9 @@ def meet(parts, asked):
     return np.take_along_axis(values, np.where(source < 0, lane, source), 1).reshape(-1)
 
 
+AT_A_TIME = 2048  # threads, in whole blocks
+
+
 def run(program, blocks, threads, room, numbers):
     """Start blocks of threads with these numbers, a NumPy scalar for each parameter."""
     if threads % 32:
@@ -593,12 +634,14 @@ def run(program, blocks, threads, room, numbers):
     for x, kind in zip(numbers, kinds, strict=True):
         whole = int(x) & (1 << 8 * int(kind[1])) - 1 if kind[0] != "f" else x
         parameters.append(np.array([whole], kind))
+    step = max(1, AT_A_TIME // threads)
     with np.errstate(all="ignore"):
-        for block in range(blocks):
-            _run_block(program, Block(program, block, blocks, threads, room, parameters))
+        for first in range(0, blocks, step):
+            some = range(first, min(first + step, blocks))
+            _run_blocks(program, Blocks(program, some, blocks, threads, room, parameters))
 
 
-def _run_block(program, M):
+def _run_blocks(program, M):
     size = M.thread.size
     R = {x: np.zeros(size, KINDS[re.match("[a-z]+", x)[0]]) for x in program.shared_registers}
     place, everyone = np.zeros(size, np.int64), slice(None)
@@ -608,7 +651,7 @@ def _run_block(program, M):
             kind = program.kind[first]
             if kind == END:
                 return
-            step, met = program.run_block[first], None
+            step, met = program.step(int(first)), None
             if kind > 0:
                 met = meet(program.met[kind], step(R, everyone, size, M))
             place[:] = step(R, everyone, size, M, met)
@@ -617,7 +660,7 @@ def _run_block(program, M):
         if (kinds == FREE).any():
             here = place[kinds == FREE].min()
             at = np.flatnonzero(place == here)
-            place[at] = program.run_block[here](R, at, at.size, M)
+            place[at] = program.step(int(here))(R, at, at.size, M)
             continue
         of_warp = kinds.reshape(-1, 32)
         ready = (of_warp == of_warp[:, :1]).all(1) & (of_warp[:, 0] > 0)
@@ -625,8 +668,10 @@ def _run_block(program, M):
             kind = of_warp[ready][0, 0]
             at = np.flatnonzero(np.repeat(ready & (of_warp[:, 0] == kind), 32))
             _go_on(program, M, R, place, at, program.met[kind])
-        elif (kinds == BARRIER).all():
-            _go_on(program, M, R, place, np.arange(size), ["bar"])
+            continue
+        ready = (kinds == BARRIER).reshape(-1, M.threads).all(1)
+        if ready.any():
+            _go_on(program, M, R, place, np.flatnonzero(np.repeat(ready, M.threads)), ["bar"])
         else:
             where = {int(p): (int((place == p).sum()), int(program.kind[p])) for p in np.unique(place)}
             raise SimError(f"threads wait for different things, (threads, for what) by block of the code: {where}")
@@ -635,7 +680,7 @@ def _run_block(program, M):
 def _go_on(program, M, R, place, at, parts):
     """Threads that have met, wherever in the code, go on."""
     groups = [np.flatnonzero(place[at] == here) for here in np.unique(place[at])]
-    steps = [(program.run_block[place[at[group[0]]]], at[group], group) for group in groups]
+    steps = [(program.step(int(place[at[group[0]]])), at[group], group) for group in groups]
     met = True
     if parts[0] != "bar":
         asked = None

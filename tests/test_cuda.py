@@ -1,6 +1,7 @@
 """The CUDA backend through the public functions, on CuPy arrays: the bits of the NumPy backend.
 
-Without a GPU the arrays lie in host memory and simt.py runs the kernels; with one, everything here runs on it.
+Without a GPU the arrays lie in host memory and ptx.py runs what the kernels are compiled to, or simt.py their sources;
+with one, everything here runs on it. CUDA_SOURCES=1 has simt.py run all of them. The first run compiles for minutes.
 [n]: a line of docs/PITFALLS.md.
 """
 
@@ -28,7 +29,7 @@ from numbaloss.cuda import totals as cuda_totals  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities in the executor
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities without a GPU
 ]
 
 INF, NAN = np.inf, np.nan
@@ -66,7 +67,7 @@ def scores(logits, targets):
 
 
 def check_all(logits, targets):
-    """Every function of a row; a warp or more a row, which takes long in the executor, for the first 16 only."""
+    """Every function of a row; a warp or more a row, which takes long without a GPU, for the first 16 only."""
     check(none, logits, targets)
     check(scores, logits, targets)
     for function in (nl.logsumexp, nl.softmax, nl.log_softmax):
@@ -79,7 +80,7 @@ def check_all(logits, targets):
 
 
 def check_most(logits, targets):
-    """check_all, but what takes long in the executor for rows of many classes only for the first."""
+    """check_all, but what takes long without a GPU for rows of many classes only for the first."""
     check(none, logits, targets)
     few = slice(None) if logits.shape[-1] < 200 else slice(0, 3)
     check_all(logits[few], targets[few])
@@ -128,7 +129,7 @@ def takes_long(name, dtype, classes):
 
 @pytest.mark.parametrize("name", test_hashes.functions())
 def test_hashes_on_cupy(name, monkeypatch):
-    """Every hash that the CPU has; in the executor, not those of large inputs that differ from others in time only."""
+    """Every hash that the CPU has; without a GPU, not those of large inputs that differ from others in time only."""
     monkeypatch.setattr(test_hashes, "nl", Converted())
     every = test_hashes.kept([name])
     wanted = every if ON_DEVICE else {key: every[key] for key in every if not takes_long(*key.rsplit(" ", 2))}

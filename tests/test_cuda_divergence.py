@@ -1,4 +1,4 @@
-"""Divergences on CuPy arrays: the bits of NumPy's. Without a GPU the executor runs the kernels, as in test_cuda.py."""
+"""Divergences on CuPy arrays: the bits of NumPy's. See test_cuda.py."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from numbaloss import divergence  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities in the executor
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities without a GPU
 ]
 if not host.ON_DEVICE:
     pytest.importorskip("greenlet", reason="greenlet is not installed")

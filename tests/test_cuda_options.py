@@ -16,7 +16,7 @@ from numbaloss import _check  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities in the executor
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities without a GPU
 ]
 if not host.ON_DEVICE:
     pytest.importorskip("greenlet", reason="greenlet is not installed")

@@ -13,7 +13,7 @@ import numbaloss as nl  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities in the executor
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities without a GPU
 ]
 
 INF, NAN = np.inf, np.nan
