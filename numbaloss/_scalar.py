@@ -42,7 +42,8 @@ LN2_HI = 0.6931467056274414  # 21 bits: times an exponent is exact
 LN2_LO = 4.7493250390316726e-07
 SQRT_HALF_BITS = np.int64(0x3FE6A09E667F3BCD)
 
-scalar = njit(error_model="numpy")  # a division that could raise would keep a loop out of the vector lanes
+# A division that could raise would keep a loop out of the vector lanes; nothing needs a C function.
+scalar = njit(error_model="numpy", no_cfunc_wrapper=True)
 
 # -- exponentials ------------------------------------------------------------------------------------------------
 

@@ -900,14 +900,21 @@ def test_one_module_imports_the_cuda_target():
     assert naming == {"_launch.py"}
 
 
+def parameters(x):
+    """Those of a kernel, or of the function before it, after the size of its work."""
+    if isinstance(x, Kernel):
+        return list(inspect.signature(x.function).parameters)[1:]
+    names = list(inspect.signature(x).parameters) if inspect.isfunction(x) else []
+    return names[2:] if names[:2] == ["work", "items"] else None
+
+
 @pytest.mark.parametrize("family", ["softmax", "dense", "divergence", "elements", "sigmoid", "totals"])
 def test_twins_share_names(family):
     """Every kernel exists in both backends, with the same parameters."""
     cpu, cuda = (__import__(f"numbaloss.{name}.{family}", fromlist=["x"]) for name in ("cpu", "cuda"))
-    kernels = {name: kernel.function for name, kernel in vars(cpu).items() if isinstance(kernel, Kernel)}
     for_the_host_alone = {"round_total", "merge", "exponentials"}
-    names = set(kernels) - for_the_host_alone - {"_total_kernel"}  # which is behind a function
-    assert names
-    for name in names:
-        ours = list(inspect.signature(kernels[name]).parameters)[1:]
-        assert list(inspect.signature(vars(cuda)[name]).parameters)[2:] == ours, name
+    ours = {name: parameters(x) for name, x in vars(cpu).items() if name[0] != "_" and name not in for_the_host_alone}
+    ours = {name: names for name, names in ours.items() if names}
+    assert ours
+    for name, names in ours.items():
+        assert parameters(vars(cuda)[name]) == names, name

@@ -7,7 +7,7 @@ would count references, which costs more than a short row. Definitions are in do
 """
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from .._intrinsics import at_least, bits_float, float_bits, fma, ordered_bits, select
@@ -26,7 +26,7 @@ from .._scalar import (
 )
 from .._typed import compute_zero, item_size, key_value, shifted_frame, term, widen
 from .._vector import WIDTH, fold, largest, most_bits, most_bits_of, splat
-from ._memory import always_inline, gather, load, load_part, load_up_to, out_of_line, span, store
+from ._memory import always_inline, fill, gather, inner, load, load_part, load_up_to, out_of_line, span, store
 
 HEAD = 64  # classes whose maximum gives a chunk its first reference exponent
 NO_GUESS = f32(np.nan)
@@ -36,7 +36,7 @@ MARGIN = f32(40)  # a chunk's largest exponent may lie this much below that of t
 # -- one tile ----------------------------------------------------------------------------------------------------
 
 
-@njit
+@inner
 def add_tile(like, address, size, first, lanes, low, m, top):
     """Add one class to each lane; `top` or an exponent word of the tile, whichever has most bits. `first`: see start.
 
@@ -69,7 +69,7 @@ def _start(first, lanes):
     return lambda first, lanes: load(ZERO, lanes)
 
 
-@njit
+@inner
 def top_tile(x, low, m):
     top = np.int32(0)
     for i in range(np.uint64(x.size)):
@@ -77,7 +77,7 @@ def top_tile(x, low, m):
     return top
 
 
-@njit
+@inner
 def max_tile(x, best):
     """The larger of the key `best` and the keys of x (ordered_bits)."""
     for i in range(np.uint64(x.size)):
@@ -85,7 +85,7 @@ def max_tile(x, best):
     return best
 
 
-@njit
+@inner
 def tile_max(like, address, size):
     """The largest of `size` > 0 neighbouring logits; if one is NaN, that or another."""
     out_of_line()
@@ -101,7 +101,7 @@ def tile_max(like, address, size):
     return largest(at_least(at_least(a, b), at_least(c, d)))
 
 
-@njit
+@inner
 def fold_lanes(zero, lanes, size):
     """The butterfly: lane l takes in lane l + h for h = 512 ... 1. Lanes from `size` on count as `zero`."""
     always_inline()
@@ -111,7 +111,7 @@ def fold_lanes(zero, lanes, size):
     return np.float64(fold(fold_vectors(zero, lanes, count, WIDTH * item_size(zero))))
 
 
-@njit
+@inner
 def fold_vectors(zero, address, count, stride):
     """The butterfly over `count` > 0 vectors, `stride` bytes apart: vector i takes in i + h for h = ..., 4, 2, 1."""
     always_inline()
@@ -137,7 +137,7 @@ def fold_vectors(zero, address, count, stride):
 # -- one chunk ---------------------------------------------------------------------------------------------------
 
 
-@njit
+@inner
 def chunk_max(like, address, stride, size, skip, spare):
     """The largest of `size` logits but for the one at `skip`, -inf if there is none; a positive NaN wins."""
     out_of_line()
@@ -154,7 +154,7 @@ def chunk_max(like, address, stride, size, skip, spare):
     return best
 
 
-@njit
+@inner
 def chunk_terms(like, address, stride, size, skip, ref, lanes, spare):
     """The sum of 2^(x * LOG2E - ref) over a chunk but for `skip`, and the chunk's largest exponent.
 
@@ -188,14 +188,14 @@ def chunk_terms(like, address, stride, size, skip, ref, lanes, spare):
     return fold_lanes(ZERO, lanes, min(size, LANES)), bits_float(np.int32(top)) - m
 
 
-@njit
+@inner
 def chunk_terms_shifted(like, address, stride, size, skip, shift, lanes, spare):
     """The sum of exp(x - shift) over a chunk but for `skip`: every float64 chunk, and float32 ones beyond 2^20."""
     out_of_line()
     zero = compute_zero(like)
     m, low = shifted_frame(zero)
     sums = span(zero, lanes, LANES)
-    sums[:] = zero
+    fill(sums, zero)
     for begin in range(0, size, LANES):
         count = min(LANES, size - begin)
         x = span(like, gather(like, address + begin * stride, stride, count, spare), count)
@@ -205,14 +205,14 @@ def chunk_terms_shifted(like, address, stride, size, skip, shift, lanes, spare):
     return fold_lanes(zero, lanes, min(size, LANES))
 
 
-@njit
+@inner
 def chunk_moment(like, address, stride, size, skip, shift, lanes, spare):
     """The sum of exp(x - shift) * (x - shift) over a chunk but for `skip`."""
     out_of_line()
     zero = compute_zero(like)
     m, low = shifted_frame(zero)
     sums = span(zero, lanes, LANES)
-    sums[:] = zero
+    fill(sums, zero)
     for begin in range(0, size, LANES):
         count = min(LANES, size - begin)
         x = span(like, gather(like, address + begin * stride, stride, count, spare), count)
@@ -223,7 +223,7 @@ def chunk_moment(like, address, stride, size, skip, shift, lanes, spare):
     return fold_lanes(zero, lanes, min(size, LANES))
 
 
-@njit
+@inner
 def empty_sum(like, address, stride, size, skip):
     """What chunk_sum gives for a chunk of -inf; a negative NaN, which is no maximum, may hide in it."""
     out_of_line()
@@ -280,7 +280,7 @@ def _chunk_sum(like, address, stride, size, skip, guess, lanes, spare):
     return chunk_sum_32
 
 
-@njit
+@inner
 def head_max(like, address, stride, size, skip, spare):
     """The largest of the first HEAD logits of a chunk but for the one at `skip`; anything if one is NaN."""
     always_inline()

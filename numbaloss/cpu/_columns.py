@@ -1,32 +1,31 @@
 """Sums of exponentials for few classes: a group of rows lies side by side in the vector lanes. Bits as in _chunks."""
 
 import numpy as np
-from numba import njit
 
 from .._intrinsics import at_least, select
 from .._typed import compute_zero, item_size, row_frame, term, widen
 from .._vector import WIDTH
 from ._chunks import fold_vectors
-from ._memory import load, out_of_line, prefetch, span, store, transpose
+from ._memory import inner, load, out_of_line, prefetch, span, store, transpose
 from ._rows import row_address
 
 FEW = 8  # classes up to which a comparison with each finds the target faster than an index
 NOT_COUNTED, BAD = -1, -2
 
 
-@njit
+@inner
 def group_of(classes):
     """The number of rows side by side: what the first-level cache holds, a multiple of 64."""
     return min(256, max(64, 8192 // classes // 64 * 64))
 
 
-@njit
+@inner
 def new_columns(like, classes, group):
     """Room for the columns of a group, whole vectors of classes."""
     return np.zeros((classes + WIDTH - 1) // WIDTH * WIDTH * group, type(compute_zero(like)))
 
 
-@njit
+@inner
 def load_columns(like, rows, first, size, group, columns):
     """columns[j * group + i] = logit j of row first + i; rows up to the next outer stride lie evenly apart."""
     out_of_line()
@@ -62,7 +61,7 @@ def load_columns(like, rows, first, size, group, columns):
         begin += run
 
 
-@njit
+@inner
 def take_targets(classes, targets, columns, x):
     """x[i] = the target's logit, whose place among the columns becomes -inf: by comparison for few classes.
 
@@ -87,10 +86,11 @@ def take_targets(classes, targets, columns, x):
                 x[i] = columns[at]
                 columns[at] = low
             elif targets[i] == NOT_COUNTED:
-                columns[i :: targets.size] = low
+                for j in range(i, columns.size, targets.size):
+                    columns[j] = low
 
 
-@njit
+@inner
 def sum_pairs(columns, targets, x, s, c):
     """take_targets and sum_columns for two classes: the sum is one term."""
     out_of_line()
@@ -107,7 +107,7 @@ def sum_pairs(columns, targets, x, s, c):
         s[i], c[i] = second[i], row_frame(first[i])[3]
 
 
-@njit
+@inner
 def sum_columns(classes, columns, frames, s, c, ahead, item):
     """(s[i], c[i]) as row_sum gives them, for a group of rows; overwrites the columns. `frames` is room for (4, group).
 

@@ -17,6 +17,9 @@ from .._scalar import LANES
 from .._typed import item_size
 from .._vector import WIDTH, Vector, spread
 
+# What kernels call, and Python does not: without the wrappers for that, which take time to compile.
+inner = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 ALIGN = 64  # bytes: a cache line, and the widest vector
 TILE_BYTES = 8 * LANES
 
@@ -115,7 +118,7 @@ def load_part(typingctx, like, address, size):
     return _wide(like)(like, types.int64, types.int64), codegen
 
 
-@njit
+@inner
 def load_up_to(like, address, size):
     """The first `size` > 0 logits at `address`, at most WIDTH, and -inf."""
     always_inline()
@@ -265,7 +268,7 @@ def stack(typingctx, size):
     return types.int64(size), codegen
 
 
-@njit
+@inner
 def gather(like, address, stride, size, spare):
     """The address of `size` neighbouring items: those at `address`, copied to `spare` if their stride is larger."""
     always_inline()
@@ -275,6 +278,22 @@ def gather(like, address, stride, size, spare):
     for i in range(np.uint64(size)):
         copy[i] = span(like, address + np.int64(i) * stride, 1)[0]
     return spare
+
+
+@inner
+def fill(array, value):
+    """array[:] = value. That, and array[:] = others, would have Numba compile for seconds what formats an error."""
+    always_inline()
+    for i in range(np.uint64(array.size)):
+        array[i] = value
+
+
+@inner
+def copy(array, others):
+    """array[:] = others, of as many items."""
+    always_inline()
+    for i in range(np.uint64(array.size)):
+        array[i] = others[i]
 
 
 @intrinsic

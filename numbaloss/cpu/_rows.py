@@ -1,36 +1,35 @@
 """Rows of logits on the CPU, one at a time; `like` and `rows` are described in _chunks."""
 
 import numpy as np
-from numba import njit
 
 from .._check import NO_LABEL
 from .._scalar import CHUNK, LANES, exp_64, exponent_32, f32, merge, merge_moments, others_to_target, target_loss
 from .._typed import compute_zero, item_size, widen
 from .._vector import WIDTH, splat
 from ._chunks import MARGIN, NO_GUESS, chunk_moment, chunk_sum, tile_max
-from ._memory import always_inline, gather, load, out_of_line, span, store_as
+from ._memory import always_inline, gather, inner, load, out_of_line, span, store_as
 
 
-@njit
+@inner
 def counts(r, labels, weights, ignore_index):
     """Whether row r is looked at. An ignore_index of NO_LABEL ignores none."""
     return (labels[r] != ignore_index or ignore_index == NO_LABEL) and not weight_is_zero(r, weights)
 
 
-@njit
+@inner
 def weight_is_zero(r, weights):
     """Whether weights[r] is 0; empty weights are all 1."""
     return weights.size > 0 and weights[r] == 0
 
 
-@njit
+@inner
 def row_address(rows, r):
     always_inline()
     address, inner, outer_stride, inner_stride, _, _ = rows
     return address + (r // inner) * outer_stride + (r % inner) * inner_stride
 
 
-@njit
+@inner
 def row_sum(like, rows, address, skip, lanes, spare):
     """(s, c) of a whole row but for the class `skip`: its chunks, left to right, each guessing from those before."""
     out_of_line()
@@ -44,7 +43,7 @@ def row_sum(like, rows, address, skip, lanes, spare):
     return s, c
 
 
-@njit
+@inner
 def row_max(like, rows, address, spare):
     """(largest logit, its first index) of a row; of a row with NaN any number, and an index."""
     out_of_line()
@@ -62,7 +61,7 @@ def row_max(like, rows, address, spare):
     return best + zero, where  # -0 becomes 0
 
 
-@njit
+@inner
 def first_nan(like, rows, address):
     """The index of a row's first NaN, or -1."""
     out_of_line()
@@ -74,7 +73,7 @@ def first_nan(like, rows, address):
     return -1
 
 
-@njit
+@inner
 def row_rank(like, rows, address, x, spare):
     """The number of classes with a logit larger than x."""
     out_of_line()
@@ -90,7 +89,7 @@ def row_rank(like, rows, address, x, spare):
     return larger
 
 
-@njit
+@inner
 def row_moments(like, rows, address, skip, lanes, spare):
     """(s, c, b) of a row but for `skip`: s * e^c sums exp(x), b sums exp(x - c) * (x - c)."""
     out_of_line()
@@ -107,7 +106,7 @@ def row_moments(like, rows, address, skip, lanes, spare):
     return s, c, b
 
 
-@njit
+@inner
 def leave_largest_out(like, rows, address, lanes, spare):
     """(largest logit, its class, u, log(1 + u)), u the sum of exp(x - largest) over the others; an undefined row has a
     logarithm of NaN."""
@@ -119,7 +118,7 @@ def leave_largest_out(like, rows, address, lanes, spare):
     return largest, where, u, target_loss(u, s, c, x, full)
 
 
-@njit
+@inner
 def fill_row(like_grad, out, stride, classes, value, room):
     """A gradient row of one number."""
     out_of_line()
@@ -129,7 +128,7 @@ def fill_row(like_grad, out, stride, classes, value, room):
         scatter(like_grad, room, min(LANES, classes - begin), out + begin * stride, stride)
 
 
-@njit
+@inner
 def write_tile(zero, source, size, like_out, out, stride, spare):
     """Write `size` numbers of the type of `zero`, one after the other, as `like_out` to places `stride` bytes apart."""
     always_inline()
@@ -139,7 +138,7 @@ def write_tile(zero, source, size, like_out, out, stride, spare):
     scatter(like_out, to, size, out, stride)
 
 
-@njit
+@inner
 def scatter(like, source, size, out, stride):
     """Copy neighbouring items to places `stride` bytes apart."""
     if source != out:

@@ -6,7 +6,7 @@ weights, or None, multiply either.
 """
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload
 
 from .._intrinsics import fma, rounded_product, select
@@ -14,7 +14,7 @@ from .._scalar import CHUNK, LANES, dense_entry, dense_loss, exp_64
 from .._typed import compute_zero, grad_frame, grad_of, number, widen
 from ._chunks import fold_lanes
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, out_of_line, span, stack
+from ._memory import TILE_BYTES, fill, gather, inner, out_of_line, span, stack
 from ._rows import counts, fill_row, leave_largest_out, row_address, weight_is_zero, write_tile
 
 BAD, NOT_COUNTED, NONE = -3, -2, -1
@@ -91,7 +91,7 @@ def _weight_of(class_weights, j, one):
     return lambda class_weights, j, one: class_weights[j]
 
 
-@njit
+@inner
 def share_of(like, targets, r, j, y, class_weights, spare):
     """What class j of row r has a share of, as float64."""
     hot, rest = shares(targets)
@@ -128,7 +128,7 @@ def _dense_xent(blocks, like, rows, targets, class_weights, weights, z_loss, los
 dense_xent = Kernel(_dense_xent)
 
 
-@njit
+@inner
 def share_sums(like, rows, address, targets, r, y, class_weights, largest, rooms):
     """(sum_j t_j (largest - x_j), sum_j t_j) of row r: lanes and chunks for the shares that all have, then y's own."""
     stride, classes, zero = rows[4], rows[5], compute_zero(like)
@@ -138,8 +138,8 @@ def share_sums(like, rows, address, targets, r, y, class_weights, largest, rooms
     distance, mass = 0.0, 0.0
     for chunk in range(0, classes if rest != 0.0 else 0, CHUNK):
         end = min(chunk + CHUNK, classes)
-        distances[:] = 0
-        masses[:] = 0
+        fill(distances, zero)
+        fill(masses, zero)
         for begin in range(chunk, end, LANES):
             size = min(LANES, end - begin)
             x = span(like, gather(like, address + begin * stride, stride, size, spare), size)
@@ -155,7 +155,7 @@ def share_sums(like, rows, address, targets, r, y, class_weights, largest, rooms
     return fma(rest, distance, own), fma(rest, mass, weight)
 
 
-@njit
+@inner
 def add_shares(x, labels, class_weights, begin, largest, distance, mass):
     """Add l (largest - x) and l to the lanes; a label of 0 adds 0 whatever its logit."""
     out_of_line()
@@ -225,7 +225,7 @@ def _dense_xent_grad(
 dense_xent_grad = Kernel(_dense_xent_grad)
 
 
-@njit
+@inner
 def hess_row(like, rows, address, where, frame, a, b, p, u, like_out, out_rows, out, room, spare):
     """Write p_j (a (1 - p_j) + b p_j) for each class; the largest's p and 1 - p are p and u p."""
     stride, classes, zero = rows[4], rows[5], compute_zero(like)
@@ -243,7 +243,7 @@ def hess_row(like, rows, address, where, frame, a, b, p, u, like_out, out_rows, 
         write_tile(zero, room, size, like_out, to, out_rows[4], spare)
 
 
-@njit
+@inner
 def put(zero, address, size, i, value):
     """Item i of `size` at an address = value, if there is one. (Numba would drop this line in the parallel form of a
     kernel: it sees no use of the array.)"""
@@ -251,7 +251,7 @@ def put(zero, address, size, i, value):
         span(zero, address, size)[i] = value
 
 
-@njit
+@inner
 def grad_shares(x, labels, class_weights, begin, g, frame, grad):
     out_of_line()
     m, low, shift, factor, _ = frame

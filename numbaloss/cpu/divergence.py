@@ -4,7 +4,7 @@ shape.
 `rows` is (rows_p, rows_q) and `rooms` the addresses of room for the lanes of four sums and for two tiles of logits.
 """
 
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload
 
 from .._divergence_scalar import (
@@ -27,7 +27,21 @@ from .._typed import compute_zero, item_size, number
 from .._vector import WIDTH
 from ._chunks import fold_lanes
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, load, load_up_to, out_of_line, span, stack, store, store_as, write
+from ._memory import (
+    TILE_BYTES,
+    copy,
+    fill,
+    gather,
+    inner,
+    load,
+    load_up_to,
+    out_of_line,
+    span,
+    stack,
+    store,
+    store_as,
+    write,
+)
 from ._rows import fill_row, leave_largest_out, row_address, scatter, weight_is_zero
 
 SUMS_BYTES = 4 * TILE_BYTES
@@ -54,14 +68,14 @@ def _divergence(blocks, like, rows_p, rows_q, count, weights, kl, reverse, js):
 divergence = Kernel(_divergence)
 
 
-@njit
+@inner
 def row_sum(like, rows, r, rooms):
     """(largest logit, u, log(1 + u)) of a row, by leave_largest_out."""
     largest, _, u, log1p_u = leave_largest_out(like, rows, row_address(rows, r), rooms[0], rooms[1])
     return largest, u, log1p_u
 
 
-@njit
+@inner
 def row_sums(like, rows, r, frame, kl, reverse, js, rooms):
     """The sums of change_term, and of kl_term, reverse_term and js_term where these are not None."""
     out_of_line()
@@ -70,7 +84,7 @@ def row_sums(like, rows, r, frame, kl, reverse, js, rooms):
     for chunk in range(0, classes, CHUNK):
         end = min(chunk + CHUNK, classes)
         for k in range(4):
-            span(zero, lanes + k * TILE_BYTES, LANES)[:] = 0
+            fill(span(zero, lanes + k * TILE_BYTES, LANES), zero)
         for begin in range(chunk, end, LANES):
             size = min(LANES, end - begin)
             at_p, at_q = tiles(like, rows, r, begin, size, rooms)
@@ -94,7 +108,7 @@ def _fold_if(wanted, zero, lanes, size):
     return lambda wanted, zero, lanes, size: fold_lanes(zero, lanes, size)
 
 
-@njit
+@inner
 def tiles(like, rows, r, begin, size, rooms):
     """Where `size` classes of both rows lie side by side."""
     p, q = rows
@@ -102,14 +116,14 @@ def tiles(like, rows, r, begin, size, rooms):
     return at_p, gather(like, row_address(q, r) + begin * q[4], q[4], size, rooms[2])
 
 
-@njit
+@inner
 def pair(like, at_p, at_q, i, size):
     """Vectors of both rows; -inf from `size` on, which adds 0 to every sum."""
     at = i * item_size(like)
     return load_up_to(like, at_p + at, size - i), load_up_to(like, at_q + at, size - i)
 
 
-@njit
+@inner
 def add_terms(like, at_p, at_q, size, frame, kl, reverse, js, lanes):
     out_of_line()
     for i in range(0, size, WIDTH):
@@ -124,7 +138,7 @@ def add_terms(like, at_p, at_q, size, frame, kl, reverse, js, lanes):
             add(js_term, x, y, frame, at + 3 * TILE_BYTES)
 
 
-@njit
+@inner
 def add(term, x, y, frame, at):
     factor, value = term(x, y, frame)
     store(at, fma(factor, value, load(frame[0], at)))
@@ -215,7 +229,7 @@ def _js_grad(blocks, like, rows_p, rows_q, weights, scale, loss, like_p, grad_p,
 js_grad = Kernel(_js_grad)
 
 
-@njit
+@inner
 def row_mean(term, wanted, like, rows, r, frame, rooms):
     """The sum of a term over lanes and chunks, or 0 if `wanted` is None."""
     out_of_line()
@@ -223,7 +237,7 @@ def row_mean(term, wanted, like, rows, r, frame, rooms):
     if wanted is not None:
         for chunk in range(0, classes, CHUNK):
             end = min(chunk + CHUNK, classes)
-            span(zero, rooms[0], LANES)[:] = 0
+            fill(span(zero, rooms[0], LANES), zero)
             for begin in range(chunk, end, LANES):
                 size = min(LANES, end - begin)
                 at_p, at_q = tiles(like, rows, r, begin, size, rooms)
@@ -234,7 +248,7 @@ def row_mean(term, wanted, like, rows, r, frame, rooms):
     return total
 
 
-@njit
+@inner
 def write_slopes(
     term_p, mean_p, scale_p, term_q, mean_q, scale_q, like, rows, r, frame, like_p, grad_p, like_q, grad_q, rooms
 ):
@@ -251,7 +265,7 @@ def write_slopes(
         put_tile(like_q, to_q, size, grad_q, r, begin)
 
 
-@njit
+@inner
 def slope_tile(term, mean, scale, like, at_p, at_q, size, frame, like_grad, to):
     out_of_line()
     if like_grad is not None:
@@ -262,18 +276,18 @@ def slope_tile(term, mean, scale, like, at_p, at_q, size, frame, like_grad, to):
             store_as(like_grad, to + i * item_size(like_grad), slope_of(factor, value, m, scale), size - i)
 
 
-@njit
+@inner
 def put_tile(like_grad, source, size, grad, r, begin):
     """Copy a tile of a gradient to its place, unless that is None."""
     if like_grad is not None:
         out = row_address(grad, r) + begin * grad[4]
         if grad[4] == item_size(like_grad):
-            span(like_grad, out, size)[:] = span(like_grad, source, size)
+            copy(span(like_grad, out, size), span(like_grad, source, size))
         else:
             scatter(like_grad, source, size, out, grad[4])
 
 
-@njit
+@inner
 def no_slopes(like, r, classes, like_p, grad_p, like_q, grad_q, rooms):
     """Rows r of the gradients that are not None are 0."""
     if like_p is not None:

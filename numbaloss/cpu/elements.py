@@ -4,13 +4,13 @@
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from .._scalar import LANES
 from .._typed import capped, item_size, uncapped
 from .._vector import WIDTH
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, load_up_to, out_of_line, stack, store_as
+from ._memory import TILE_BYTES, gather, inner, load_up_to, out_of_line, stack, store_as
 from ._rows import fill_row, row_address, scatter, weight_is_zero
 
 
@@ -31,7 +31,7 @@ def _cap(blocks, like, rows, cap, out):
 cap = Kernel(_cap)
 
 
-@njit
+@inner
 def cap_tile(zero, like, address, size, cap, to):
     out_of_line()
     for i in range(0, size, WIDTH):
@@ -59,7 +59,7 @@ def _uncap(blocks, grad, like, rows, cap, like_out, out_rows):
 uncap = Kernel(_uncap)
 
 
-@njit
+@inner
 def uncap_tile(zero, grad, like, address, size, cap, like_out, to):
     out_of_line()
     for i in range(0, size, WIDTH):
@@ -109,7 +109,7 @@ def _put_rows(blocks, values, weights, like_out, out_rows, first):
 put_rows = Kernel(_put_rows)
 
 
-@njit
+@inner
 def copy_tile(like, address, size, like_out, to):
     out_of_line()
     for i in range(0, size, WIDTH):

@@ -1,7 +1,7 @@
 """Sigmoid family on the CPU: element by element, tiles of TILE so that strided operands can be copied to the cache."""
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload
 
 from .._scalar import LANES
@@ -17,7 +17,7 @@ from .._typed import (
     widen,
 )
 from ._launch import Kernel
-from ._memory import TILE_BYTES, gather, span, stack
+from ._memory import TILE_BYTES, gather, inner, span, stack
 from ._rows import row_address, write_tile
 
 TILE = LANES
@@ -57,7 +57,7 @@ def _weight_tile(like, rows, r, begin, size, spare):
     )
 
 
-@njit
+@inner
 def loss_tile(x, z, q, loss):
     """One loop for the exponential and one for the logarithm are a sixth faster than one: shorter chains."""
     one = loss.dtype.type(1)
@@ -139,7 +139,7 @@ def _binary_grad(
 binary_grad = Kernel(_binary_grad)
 
 
-@njit
+@inner
 def exp_tile(x, e, log1p_e):
     for i in range(np.uint64(e.size)):
         e[i] = exp_neg(abs(widen(x[i])))
@@ -147,7 +147,7 @@ def exp_tile(x, e, log1p_e):
         log1p_e[i] = log1p(e[i])
 
 
-@njit
+@inner
 def value_tile(x, z, q, log1p_e, loss):
     one = loss.dtype.type(1)
     for i in range(np.uint64(loss.size)):
@@ -157,7 +157,7 @@ def value_tile(x, z, q, log1p_e, loss):
 def tile_of(derivative):
     """A loop for a derivative. One for all: LLVM would give up on so many arrays at once."""
 
-    @njit
+    @inner
     def tile(x, z, q, g, e, log1p_e, out):
         one = out.dtype.type(1)
         for i in range(np.uint64(out.size)):

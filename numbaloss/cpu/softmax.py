@@ -1,7 +1,7 @@
 """Softmax family on the CPU. Every kernel is a loop over rows; `like` and `rows` are described in _chunks."""
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload
 
 from .._intrinsics import select
@@ -24,7 +24,10 @@ from ._columns import BAD, NOT_COUNTED, group_of, load_columns, new_columns, sum
 from ._launch import Kernel
 from ._memory import (
     TILE_BYTES,
+    copy,
+    fill,
     gather,
+    inner,
     load,
     load_up_to,
     out_of_line,
@@ -56,7 +59,7 @@ NARROW = 256  # classes up to which rows go side by side into the vector lanes
 SPLIT = 64  # with fewer rows than this, the chunks of a row go to different threads
 
 
-@njit
+@inner
 def finish(s, c, x, u, loss):
     """The losses of up to GROUP rows: one loop for the exponential and one for the logarithm are faster than one."""
     out_of_line()
@@ -70,40 +73,22 @@ def finish(s, c, x, u, loss):
 # -- kernels -----------------------------------------------------------------------------------------------------
 
 
-def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
-    """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range.
+def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
+    """loss[r] = -log softmax(row r)[labels[r]]; 0 for a row that does not count; NaN for a label out of range. Returns
+    the number of labels out of range."""
+    arguments, chunks = (like, rows, labels, weights, ignore_index), -(-rows[5] // CHUNK)
+    if items >= SPLIT or chunks == 1:
+        return _whole_rows(work, items, *arguments, loss)
+    parts = np.empty((items * chunks, 2))
+    _chunk_sums(work, len(parts), *arguments, parts)
+    return _join_sums(items, items, parts, *arguments, loss)
 
-    Returns the number of labels out of range. GROUP rows are summed one after the other and finished together.
-    """
+
+def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
+    """GROUP rows are summed one after the other and finished together."""
     stride, classes = rows[4], rows[5]
     n = loss.size
     bad = np.zeros(blocks, np.int64)
-    if n < SPLIT and classes > CHUNK:
-        chunks = (classes + CHUNK - 1) // CHUNK
-        parts = np.empty((n * chunks, 2))
-        for task in prange(n * chunks):
-            lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
-            r, begin = task // chunks, task % chunks * CHUNK
-            if counts(r, labels, weights, ignore_index) and 0 <= labels[r] < classes:
-                address = row_address(rows, r) + begin * stride
-                size = min(CHUNK, classes - begin)
-                parts[task] = chunk_sum(like, address, stride, size, labels[r] - begin, NO_GUESS, lanes, spare)
-        for r in range(n):
-            y = labels[r]
-            loss[r] = 0
-            if counts(r, labels, weights, ignore_index):
-                if 0 <= y < classes:
-                    s, c = 0.0, -np.inf
-                    for k in range(r * chunks, (r + 1) * chunks):
-                        s, c = merge(s, c, parts[k, 0], parts[k, 1])
-                    x = span(like, row_address(rows, r) + y * stride, 1)[0]
-                    x = np.float64(widen(x))
-                    full = item_size(like) == 8
-                    loss[r] = target_loss(others_to_target(s, c, x, full), s, c, x, full)
-                else:
-                    loss[r] = np.nan
-                    bad[0] += 1
-        return bad.sum()
     for block in prange(blocks):
         lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
         s, c, x, u = np.empty(GROUP), np.empty(GROUP), np.empty(GROUP), np.empty(GROUP)
@@ -124,7 +109,47 @@ def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
     return bad.sum()
 
 
-sparse_xent = Kernel(_sparse_xent)
+_whole_rows = Kernel(_sparse_xent)
+
+
+def _chunks(blocks, like, rows, labels, weights, ignore_index, parts):
+    """parts[r * chunks + k] = (s, c) of chunk k of row r but for its target, if the row counts and has one."""
+    stride, classes = rows[4], rows[5]
+    n, chunks = len(parts), (classes + CHUNK - 1) // CHUNK
+    for block in prange(blocks):
+        lanes, spare = stack(TILE_BYTES), stack(TILE_BYTES)
+        for task in range(block * n // blocks, (block + 1) * n // blocks):
+            r, begin = task // chunks, task % chunks * CHUNK
+            if counts(r, labels, weights, ignore_index) and 0 <= labels[r] < classes:
+                address, size = row_address(rows, r) + begin * stride, min(CHUNK, classes - begin)
+                s, c = chunk_sum(like, address, stride, size, labels[r] - begin, NO_GUESS, lanes, spare)
+                parts[task, 0], parts[task, 1] = s, c
+
+
+_chunk_sums = Kernel(_chunks)
+
+
+def _join(blocks, parts, like, rows, labels, weights, ignore_index, loss):
+    """What is left to do after _chunk_sums."""
+    stride, classes, full, wrong = rows[4], rows[5], item_size(like) == 8, 0
+    chunks = (classes + CHUNK - 1) // CHUNK
+    for r in range(loss.size):
+        y = labels[r]
+        loss[r] = 0
+        if counts(r, labels, weights, ignore_index):
+            if 0 <= y < classes:
+                s, c = 0.0, -np.inf
+                for k in range(r * chunks, (r + 1) * chunks):
+                    s, c = merge(s, c, parts[k, 0], parts[k, 1])
+                x = np.float64(widen(span(like, row_address(rows, r) + y * stride, 1)[0]))
+                loss[r] = target_loss(others_to_target(s, c, x, full), s, c, x, full)
+            else:
+                loss[r] = np.nan
+                wrong += 1
+    return wrong
+
+
+_join_sums = Kernel(_join)
 
 
 def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
@@ -145,7 +170,7 @@ def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss)
             for k in range(later, later + group, 8):
                 prefetch(np.int64(labels.ctypes.data) + k * 8)
                 prefetch(np.int64(loss.ctypes.data) + k * loss.itemsize)
-            targets[:] = NOT_COUNTED
+            fill(targets, NOT_COUNTED)
             for i in range(np.uint64(size)):
                 r = np.uint64(first) + i
                 y = labels[r]
@@ -223,14 +248,14 @@ def _narrow_sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, 
         for first in range(block * n // blocks, (block + 1) * n // blocks, group):
             size = min(group, (block + 1) * n // blocks - first)
             load_columns(like, rows, first, size, group, columns)
-            targets[:] = NOT_COUNTED
+            fill(targets, NOT_COUNTED)
             for i in range(size):
                 y = labels[first + i]
                 if counts(first + i, labels, weights, ignore_index):
                     targets[i] = y if 0 <= y < classes else BAD
                     bad[block] += targets[i] == BAD
             take_targets(classes, targets, columns, x)
-            terms[:] = columns
+            copy(terms, columns)
             sum_columns(classes, terms, frames, s, c, row_address(rows, first + 2 * group), item_size(like))
             finish(s, c, x, u, loss[first : first + size])
             fill_grad_frames(like_grad, s, c, x, scale[first : first + size], u, frames)
@@ -248,7 +273,7 @@ def _narrow_sparse_xent_grad(blocks, like, rows, labels, weights, ignore_index, 
 narrow_sparse_xent_grad = Kernel(_narrow_sparse_xent_grad)
 
 
-@njit
+@inner
 def fill_grad_frames(like_grad, s, c, x, scale, k, frames):
     """frames = grad_frame of each row. Three loops: LLVM gives up on more arrays at once. Overwrites s."""
     out_of_line()
@@ -262,14 +287,14 @@ def fill_grad_frames(like_grad, s, c, x, scale, k, frames):
         m[i], low[i], shift[i], factor[i], entry[i] = grad_frame(zero, like_grad, top_of(c[i], x[i]), s[i], k[i])
 
 
-@njit
+@inner
 def grad_column(x, frames):
     m, low, shift, factor = frames[0], frames[1], frames[2], frames[3]
     for i in range(np.uint64(x.size)):
         x[i] = grad_of(x[i] - shift[i], m[i], low[i], factor[i])
 
 
-@njit
+@inner
 def turn_columns(columns, group, begin, turned):
     """turned[i] = row begin + i of a group."""
     out_of_line()
@@ -280,7 +305,7 @@ def turn_columns(columns, group, begin, turned):
         transpose(zero, at, group * size, WIDTH, target + j * size, pitch)
 
 
-@njit
+@inner
 def write_rows(turned, like_grad, grad_rows, first, size, spare):
     """Rows of a gradient from `first` on, rounded to its dtype."""
     out_of_line()
@@ -290,7 +315,7 @@ def write_rows(turned, like_grad, grad_rows, first, size, spare):
         write_tile(zero, source + i * pitch, classes, like_grad, row_address(grad_rows, first + i), stride, spare)
 
 
-@njit
+@inner
 def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, room):
     """Entries of a gradient row for `size` logits side by side, `target` being the target's place there, or -1."""
     out_of_line()
@@ -305,7 +330,7 @@ def grad_tile(like, address, size, frame, target, like_grad, out, out_stride, ro
     scatter(like_grad, to, size, out, out_stride)
 
 
-@njit
+@inner
 def grad_vectors(like, address, size, frame, shift, like_grad, to):
     """grad_of side by side; a `shift` of None is 0."""
     m, low, _, factor, _ = frame
@@ -372,7 +397,7 @@ def _score(blocks, like, rows, labels, weights, ignore_index, logprob, lse, argm
 score = Kernel(_score)
 
 
-@njit
+@inner
 def plain_lse(like, rows, address, lanes, spare):
     """log of the sum of exp over a row; -inf if all are, +inf if one is and none is NaN."""
     out_of_line()
@@ -429,7 +454,7 @@ def _narrow_normalize(blocks, like, rows, logarithm, out):
         for first in range(block * n // blocks, (block + 1) * n // blocks, group):
             size = min(group, (block + 1) * n // blocks - first)
             load_columns(like, rows, first, size, group, columns)
-            terms[:] = columns
+            copy(terms, columns)
             largest_columns(classes, columns, largest, targets)
             take_targets(classes, targets, terms, x)
             sum_columns(classes, terms, frames, s, c, row_address(rows, first + 2 * group), item_size(like))
@@ -450,32 +475,32 @@ def _narrow_normalize(blocks, like, rows, logarithm, out):
 narrow_normalize = Kernel(_narrow_normalize)
 
 
-@njit
+@inner
 def log_column(x, largest, log1p_u):
     for i in range(np.uint64(x.size)):
         x[i] = log_softmax_of(x[i], largest[i], log1p_u[i])
 
 
-@njit
+@inner
 def fill_frames(largest, u, log1p_u, frames):
     m, low, shift, scale, top = frames[0], frames[1], frames[2], frames[3], frames[4]
     for i in range(np.uint64(largest.size)):
         m[i], low[i], shift[i], scale[i], top[i] = softmax_frame(largest[i], u[i], log1p_u[i])
 
 
-@njit
+@inner
 def exp_column(x, largest, frames):
     m, low, shift, scale, top = frames[0], frames[1], frames[2], frames[3], frames[4]
     for i in range(np.uint64(x.size)):
         x[i] = softmax_of(x[i], largest[i], m[i], low[i], shift[i], scale[i], top[i])
 
 
-@njit
+@inner
 def largest_columns(classes, columns, largest, targets):
     """The largest logit of each row of a group, and its first index."""
     group = np.uint64(targets.size)
-    largest[:] = -np.inf
-    targets[:] = 0
+    fill(largest, -np.inf)
+    fill(targets, 0)
     for j in range(classes):
         column = columns[j * targets.size : (j + 1) * targets.size]
         for i in range(group):
@@ -484,19 +509,19 @@ def largest_columns(classes, columns, largest, targets):
             targets[i] = select(more, j, targets[i])
 
 
-@njit
+@inner
 def log_tile(x, largest, log1p_u, out):
     out_of_line()
     for i in range(np.uint64(out.size)):
         out[i] = log_softmax_of(widen(x[i]), largest, log1p_u)
 
 
-@njit
+@inner
 def log_softmax_of(x, largest, log1p_u):
     return (x - largest) - log1p_u
 
 
-@njit
+@inner
 def exp_tile(x, largest, u, log1p_u, out):
     out_of_line()
     m, low, shift, scale, top = softmax_frame(largest, u, log1p_u)

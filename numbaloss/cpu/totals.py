@@ -1,7 +1,7 @@
 """Exact sums on the CPU: each block of rows has an accumulator of its own."""
 
 import numpy as np
-from numba import njit, prange, types
+from numba import prange, types
 from numba.extending import overload
 
 from .._check import CLASS_FACTORS, FACTORS_ALONE, NO_LABEL, NONZERO_OR_NONE
@@ -9,10 +9,10 @@ from .._exact import CARRY_EVERY, WORDS, carry, number_words, quotient, round_su
 from .._intrinsics import rounded_product
 from .._scalar import exp_any, focal_row, focal_row_slope
 from ._launch import Kernel
-from ._memory import write
+from ._memory import fill, inner, write
 
 
-@njit
+@inner
 def add_number(words, x):
     i, low, middle, high = number_words(x)
     words[i] += low
@@ -20,7 +20,7 @@ def add_number(words, x):
     words[i + 2] += high
 
 
-@njit
+@inner
 def weight_at(weights, i):
     """weights[i]; empty weights are all 1."""
     return weights[i] if weights.size > 0 else 1.0
@@ -70,11 +70,18 @@ def _total(blocks, values, labels, weights, class_weights, ignore_index, divisor
         carry(top)
         carry(bottom)
     for block in range(1, blocks):
-        parts[0] += parts[block]
+        add_words(parts[0], parts[block])
     return quotient(round_sum(parts[0, 0]), round_sum(parts[0, 1]), divisor)
 
 
 _total_kernel = Kernel(_total)
+
+
+@inner
+def add_words(words, others):
+    for r in range(len(words)):
+        for i in range(words.shape[1]):
+            words[r, i] += others[r, i]
 
 
 def total(values, labels, weights, class_weights, ignore_index, divisor):
@@ -93,8 +100,8 @@ def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals,
     for block in prange(blocks):
         top, bottom = np.empty(WORDS, np.int64), np.empty(WORDS, np.int64)
         for r in range(block * n // blocks, (block + 1) * n // blocks):
-            top[:] = 0
-            bottom[:] = 0
+            fill(top, 0)
+            fill(bottom, 0)
             for i in range(r * row_step, r * row_step + count * step, step):
                 w = weight_at(weights, i)
                 if w != 0.0:
@@ -228,14 +235,14 @@ def _add_tokens(blocks, logprob, argmax, labels, weights, ignore_index, words):
                 carry_all(part)
         carry_all(part)
     for block in range(blocks):
-        words += parts[block]
+        add_words(words, parts[block])
     carry_all(words)
 
 
 add_tokens = Kernel(_add_tokens)
 
 
-@njit
+@inner
 def carry_all(words):
     for r in range(len(words) - 1):  # the last row counts
         carry(words[r])
