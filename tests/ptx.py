@@ -72,6 +72,13 @@ def to_float16(x):
         return np.where(x == x, x.astype("f2").view("u2"), np.uint16(0x7FFF))
 
 
+def up_to_float16(x):
+    """Rounded up."""
+    near = x.astype("f2")
+    up = np.where(near < x, np.nextafter(near, np.float16(np.inf)), near)
+    return np.where(x == x, up.view("u2"), np.uint16(0x7FFF))
+
+
 def _truncated(x):
     """float64 to int64; what does not fit becomes the nearest, NaN the least."""
     inside = (x > -(2.0**63)) & (x < 2.0**63)
@@ -121,6 +128,8 @@ EXPRESSIONS = {
     "abs": "np.abs({0})",
 }
 EXPRESSIONS |= {"rcp": "{0}.dtype.type(1) / {0}", "rem": "{0} - _divided({0}, {1}) * {1}"}
+NARROW = {("rn", "bf16", "f32"): "to_bfloat16", ("rn", "f16", "f32"): "to_float16"}
+NARROW |= {("rp", "f16", "f32"): "up_to_float16"}
 BINARY = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "mul": "*"}
 
 
@@ -427,12 +436,10 @@ class Program:
     def _convert(self, parts, operands):
         to, source = parts[-2], parts[-1]
         kinds = [kind_of(to), kind_of(source)]
-        if to == "bf16":
-            return [self._set(operands[0], f"to_bfloat16({self._value(operands[1], 'f4')})", "u2")]
-        if to == "f16":
-            if source != "f32":
-                raise NotImplementedError(parts)
-            return [self._set(operands[0], f"to_float16({self._value(operands[1], 'f4')})", "u2")]
+        if narrow := NARROW.get((parts[1], to, source)):
+            return [self._set(operands[0], f"{narrow}({self._value(operands[1], 'f4')})", "u2")]
+        if to in ("bf16", "f16"):
+            raise NotImplementedError(parts)
         if source in ("f16", "bf16"):
             function = "from_float16" if source == "f16" else "from_bfloat16"
             value = f"{function}({self._value(operands[1], 'u2')})"
@@ -613,10 +620,9 @@ def meet(parts, asked):
     if (asked[-1] != ALL).any():
         raise NotImplementedError("a mask of some threads")
     values = asked[0].reshape(-1, 32)
-    if parts[0] == "redux":
-        return np.repeat(values.max(1), 32)
-    if parts[0] == "vote":
-        return np.repeat(values.any(1), 32)
+    reduce = {("redux", "max"): np.max, ("redux", "min"): np.min, ("vote", "any"): np.any}.get((parts[0], parts[2]))
+    if reduce:
+        return np.repeat(reduce(values, 1), 32)
     lane, b = np.arange(32), asked[1].reshape(-1, 32).astype("i8")
     source = {"bfly": lane ^ b, "idx": b & 31, "up": lane - b}[parts[2]]
     return np.take_along_axis(values, np.where(source < 0, lane, source), 1).reshape(-1)
