@@ -2,8 +2,8 @@
 
 Slow, since every one compiles anew, so only on request: pytest -m mutants
 
-A mutant is a replacement in one file of a copy of the package, and the tests that are to notice it. Those of CUDA kernels
-are looked for in their sources, where that can be: what they are compiled to takes half a minute each time.
+A mutant is a replacement in one file of a copy of the package, and the tests that are to notice it. Those of CUDA
+kernels are looked for in their sources, where that can be: what they are compiled to takes half a minute each time.
 """
 
 import os
