@@ -206,17 +206,17 @@ def numbers():
 
 
 @cache
-def whole(dtype):
-    """(PTX for sm_90 of all kernels for this dtype, their entries)"""
-    text = whole_ptx(dtype, "sm_90", "close")
+def whole(dtype, arch):
+    """(PTX of all kernels for this dtype, their entries)"""
+    text = whole_ptx(dtype, arch, "close")
     return text, list(entries(text))
 
 
 @cache
-def program(function, signature):
+def program(function, signature, arch="sm_90"):
     """The ptx.Program of a kernel for these Numba types; None if it is none of `cases`."""
     if (function, signature) not in numbers():
         return None
     dtype, i = numbers()[function, signature]
-    text, names = whole(dtype)
+    text, names = whole(dtype, arch)
     return ptx.Program(text, names[i])

@@ -3,7 +3,7 @@
 Slow, as these are compiled one by one: pytest -m architectures tests/test_cuda_ptx.py
 """
 
-from functools import cache
+from functools import cache, partial
 from unittest import mock
 
 import pytest
@@ -26,35 +26,36 @@ pytestmark = [
 
 
 @cache
-def program(function, signature):
+def program(arch, function, signature):
     """compiled.program, or one of its own."""
 
     @compiled.on_disk
-    def alone(name, arguments):
-        return compiled.ptx_of(compiled.Case(name, "", "", function, signature, (256, 1)), "sm_90")
+    def alone(name, arguments, arch):
+        return compiled.ptx_of(compiled.Case(name, "", "", function, signature, (256, 1)), arch)
 
     def of_its_own():
-        text = alone(f"{function.__module__}.{function.__name__}", str(signature))
+        text = alone(f"{function.__module__}.{function.__name__}", str(signature), arch)
         return ptx.Program(text, *compiled.entries(text))
 
-    return compiled.program(function, signature) or of_its_own()
+    return compiled.program(function, signature, arch) or of_its_own()
 
 
-def run(name, rows, classes, dtype):
+def run(name, rows, classes, dtype, arch="sm_90"):
     arrays = inputs(rows, classes, dtype)
     want = host.results(call(name, *(x.copy() for x in arrays)))
-    with host.on_host(sources=False), mock.patch.object(host, "program_of", program):
+    with host.on_host(sources=False), mock.patch.object(host, "program_of", partial(program, arch)):
         got = host.results(call(name, *map(host.to_cupy, arrays)))
     assert_same_bits(got, want, f"{name} {rows}x{classes} {dtype}")
 
 
 @pytest.mark.architectures
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("dtype", compiled.LIKE)
 @pytest.mark.parametrize("name", (*NAMES, *IN_PLACE, EVALUATION, UNDEFINED))
-def test_same_bits(name, dtype):
+def test_same_bits(name, dtype, arch):
     """Of few classes, of one round, of more, of two chunks and of some."""
     for shape in ((40, 10), (5, 1000), (5, 1030), (3, 8200), (2, 20_000)):
-        run(name, *shape, dtype)
+        run(name, *shape, dtype, arch)
 
 
 def test_a_copy_that_is_not_awaited_shows():
