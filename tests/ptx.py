@@ -102,8 +102,10 @@ def _right(a, n):
 
 
 def _high(a, b):
-    wide = [int(x) * int(y) >> 64 for x, y in zip(*np.broadcast_arrays(a, b))]
-    return np.array([x & (2**64 - 1) for x in wide], "u8").view(a.dtype)
+    """The upper half of the product."""
+    bits = 8 * a.itemsize
+    wide = [int(x) * int(y) >> bits for x, y in zip(*np.broadcast_arrays(a, b))]
+    return np.array([x & (1 << bits) - 1 for x in wide], f"u{a.itemsize}").view(a.dtype)
 
 
 def _inserted(a, b, begin, count):
@@ -353,7 +355,7 @@ class Program:
                 return [
                     self._set(x, f"({whole} >> {s}).astype('u{small}')", f"u{small}")
                     for x, s in zip(items, shift)
-                    if x != "_"
+                    if x[0] == "%"  # not _, nor a name for what nobody reads
                 ]
             kind = self._natural(operands[0]) if kind == "?" else kind
             return [self._set(operands[0], f"{v(operands[1], kind)}.copy()", kind)]  # the other may change before it
