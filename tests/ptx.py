@@ -132,6 +132,9 @@ EXPRESSIONS = {
 EXPRESSIONS |= {"rcp": "{0}.dtype.type(1) / {0}", "rem": "{0} - _divided({0}, {1}) * {1}"}
 NARROW = {("rn", "bf16", "f32"): "to_bfloat16", ("rn", "f16", "f32"): "to_float16"}
 NARROW |= {("rp", "f16", "f32"): "up_to_float16"}
+METHODS = {"mov": "move", "ld": "memory", "st": "memory", "shfl": "together", "redux": "together", "vote": "together"}
+METHODS |= {"bar": "nothing", "membar": "nothing", "cp": "copy", "atom": "add", "cvt": "convert", "setp": "test"}
+METHODS |= {"selp": "select", "shl": "shift", "shr": "shift"}
 BINARY = {"add": "+", "sub": "-", "and": "&", "or": "|", "xor": "^", "mul": "*"}
 
 
@@ -333,114 +336,116 @@ class Program:
         return f"spread({base} + {self._constant(np.array([int(offset or 0) & 2**64 - 1], 'u8'))}, n)"
 
     def _translate(self, opcode, operands):
+        """Statements."""
         parts = opcode.split(".")
-        name = parts[0]
-        kind = kind_of(parts[-1])
-        v = self._value
-
-        if name == "mov":
-            if operands[1].startswith("{"):
-                items = [x.strip() for x in operands[1][1:-1].split(",")]
-                small = 8 * np.dtype(kind).itemsize // len(items)
-                words = [
-                    f"({v(x, f'u{small // 8}')}.astype({kind!r}) << {self._constant(np.array([small * i], kind))})"
-                    for i, x in enumerate(items)
-                ]
-                return [self._set(operands[0], " | ".join(words), kind)]
-            if operands[0].startswith("{"):
-                items = [x.strip() for x in operands[0][1:-1].split(",")]
-                small = np.dtype(kind).itemsize // len(items)
-                whole = v(operands[1], kind)
-                shift = [self._constant(np.array([8 * small * i], kind)) for i in range(len(items))]
-                return [
-                    self._set(x, f"({whole} >> {s}).astype('u{small}')", f"u{small}")
-                    for x, s in zip(items, shift)
-                    if x[0] == "%"  # not _, nor a name for what nobody reads
-                ]
-            kind = self._natural(operands[0]) if kind == "?" else kind
-            return [self._set(operands[0], f"{v(operands[1], kind)}.copy()", kind)]  # the other may change before it
-        if name in ("ld", "st"):
-            return self._memory(parts, operands)
-        if name in ("shfl", "redux", "vote"):
-            return self._together(parts, operands)
-        if name == "bar" or name == "membar":
-            return ["pass"]
-        if name == "cp":
-            if parts[2] == "commit_group":
-                return ["M.end_group(at)"]
-            if parts[2] == "wait_group":
-                return [f"M.await_groups(at, {int(operands[0])})"]
-            if parts[2] == "wait_all":
-                return ["M.await_groups(at, 0)"]
-            if operands[2] != "16":
-                raise NotImplementedError(f"{opcode} {operands}")
-            return [f"M.copy(at, {self._address(operands[0])}, {self._address(operands[1])})"]
-        if name == "atom":
-            if parts[2] != "add" or kind != "u8":
-                raise NotImplementedError(opcode)
-            value = f"M.add_{parts[1]}(at, {self._address(operands[1])}, spread({v(operands[2], kind)}, n))"
-            return [self._set(operands[0], value, kind)]
-        if name == "cvt":
-            return self._convert(parts, operands)
-        if name == "setp":
-            a, b = v(operands[1], kind), v(operands[2], kind)
-            test = parts[1]
-            if test in ("num", "nan"):
-                expression = f"({a} == {a}) & ({b} == {b})"
-                expression = f"~({expression})" if test == "nan" else f"({expression})"
-            elif kind[0] == "f" and test == "ne":
-                expression = f"({a} != {b}) & ({a} == {a}) & ({b} == {b})"
-            elif kind[0] == "f" and test.endswith("u") and test[:-1] in COMPARE:
-                expression = f"({a} {COMPARE[test[:-1]]} {b}) | ({a} != {a}) | ({b} != {b})"
-            else:
-                expression = f"({a} {COMPARE[test]} {b})"
-            return [self._set(operands[0], expression, "?")]
-        if name == "selp":
-            values = f"{v(operands[1], kind)}, {v(operands[2], kind)}"
-            return [self._set(operands[0], f"np.where({v(operands[3], '?')}, {values})", kind)]
-        if kind == "?" and parts[-1] not in ("pred", "bf16x2", "f16x2"):
+        if set(parts) & {"ftz", "sat", "approx", "cc", "rz", "rm"}:
             raise NotImplementedError(opcode)
+        translate = getattr(self, f"_{METHODS.get(parts[0], 'compute')}")
+        return translate(parts, operands)
+
+    def _nothing(self, parts, operands):
+        """Barriers: threads wait before the block that begins with one."""
+        return ["pass"]
+
+    def _move(self, parts, operands):
+        kind, (to, source) = kind_of(parts[-1]), operands
+        if source[0] == "{":  # of several registers, the lowest first
+            items = [x.strip() for x in source[1:-1].split(",")]
+            size = np.dtype(kind).itemsize // len(items)
+            shifts = [self._constant(np.array([8 * size * i], kind)) for i in range(len(items))]
+            words = (f"({self._value(x, f'u{size}')}.astype({kind!r}) << {n})" for x, n in zip(items, shifts))
+            return [self._set(to, " | ".join(words), kind)]
+        if to[0] == "{":
+            items = [x.strip() for x in to[1:-1].split(",")]
+            size, whole = np.dtype(kind).itemsize // len(items), self._value(source, kind)
+            shifts = [self._constant(np.array([8 * size * i], kind)) for i in range(len(items))]
+            words = [f"({whole} >> {n}).astype('u{size}')" for n in shifts]
+            # "_", or a name that is declared for it, is read by nobody
+            return [self._set(x, word, f"u{size}") for x, word in zip(items, words) if x[0] == "%"]
+        kind = self._natural(to) if kind == "?" else kind
+        return [self._set(to, f"{self._value(source, kind)}.copy()", kind)]  # the other may change before it
+
+    def _copy(self, parts, operands):
+        if parts[2] == "commit_group":
+            return ["M.end_group(at)"]
+        if parts[2] in ("wait_group", "wait_all"):
+            return [f"M.await_groups(at, {int(operands[0]) if operands else 0})"]
+        if operands[2] != "16":
+            raise NotImplementedError(f"{parts} {operands}")
+        return [f"M.copy(at, {self._address(operands[0])}, {self._address(operands[1])})"]
+
+    def _add(self, parts, operands):
+        kind = kind_of(parts[-1])
+        if parts[2] != "add" or kind != "u8":
+            raise NotImplementedError(parts)
+        value = f"spread({self._value(operands[2], kind)}, n)"
+        return [self._set(operands[0], f"M.add_{parts[1]}(at, {self._address(operands[1])}, {value})", kind)]
+
+    def _test(self, parts, operands):
+        _, test, kind = parts
+        kind = kind_of(kind)
+        a, b = (self._value(x, kind) for x in operands[1:])
+        ordered, unordered = f"({a} == {a}) & ({b} == {b})", f"({a} != {a}) | ({b} != {b})"
+        if test in ("num", "nan"):
+            expression = ordered if test == "num" else unordered
+        elif kind[0] == "f" and test == "ne":
+            expression = f"({a} != {b}) & {ordered}"
+        elif kind[0] == "f" and test not in COMPARE and test[-1] == "u":
+            expression = f"({a} {COMPARE[test[:-1]]} {b}) | {unordered}"
+        else:
+            expression = f"{a} {COMPARE[test]} {b}"
+        return [self._set(operands[0], f"({expression})", "?")]
+
+    def _select(self, parts, operands):
+        kind = kind_of(parts[-1])
+        values = f"{self._value(operands[1], kind)}, {self._value(operands[2], kind)}"
+        return [self._set(operands[0], f"np.where({self._value(operands[3], '?')}, {values})", kind)]
+
+    def _shift(self, parts, operands):
+        kind, function = kind_of(parts[-1]), {"shl": "_left", "shr": "_right"}[parts[0]]
+        expression = f"{function}({self._value(operands[1], kind)}, {self._value(operands[2], 'u4')})"
+        return [self._set(operands[0], expression, kind)]
+
+    def _compute(self, parts, operands):
+        """What takes operands of one type and gives a result of it, but for products that are twice as wide."""
+        name, kind, to = parts[0], kind_of(parts[-1]), operands[0]
         if parts[-1] in ("bf16x2", "f16x2"):
             if parts[:2] != ["max", "NaN"]:
-                raise NotImplementedError(opcode)
+                raise NotImplementedError(parts)
             both = "from_bfloat16, to_bfloat16" if parts[-1] == "bf16x2" else "from_float16, to_float16"
-            return [self._set(operands[0], f"_pairs({v(operands[1], 'u4')}, {v(operands[2], 'u4')}, {both})", "u4")]
+            a, b = (self._value(x, "u4") for x in operands[1:])
+            return [self._set(to, f"_pairs({a}, {b}, {both})", "u4")]
+        if kind == "?" and parts[-1] != "pred":
+            raise NotImplementedError(parts)
+        a, is_float = [self._value(x, kind) for x in operands[1:]], kind[0] == "f"
         if name == "mul" and parts[1] == "wide":
-            wide = f"{kind[0]}{2 * int(kind[1])}"
-            a, b = (f"{v(x, kind)}.astype({wide!r})" for x in operands[1:])
-            return [self._set(operands[0], f"{a} * {b}", wide)]
-        if name in ("shl", "shr"):
-            function = "_left" if name == "shl" else "_right"
-            return [self._set(operands[0], f"{function}({v(operands[1], kind)}, {v(operands[2], 'u4')})", kind)]
-        a = [v(x, kind) for x in operands[1:]]
-        if name == "mul" and parts[1] == "hi":
+            kind = f"{kind[0]}{2 * int(kind[1])}"
+            expression = " * ".join(f"{x}.astype({kind!r})" for x in a)
+        elif name == "mul" and parts[1] == "hi":
             expression = f"_high({a[0]}, {a[1]})"
         elif name in BINARY:
             expression = f"{a[0]} {BINARY[name]} {a[1]}"
         elif name in EXPRESSIONS:
             expression = EXPRESSIONS[name].format(*a)
         elif name == "div":
-            expression = f"{a[0]} / {a[1]}" if kind[0] == "f" else f"_divided({a[0]}, {a[1]})"
-        elif name in ("max", "min") and kind[0] == "f":
-            function = {"max": "_larger", "min": "_smaller"}[name] + ("_or_nan" if "NaN" in parts else "")
-            expression = f"{function}({a[0]}, {a[1]})"
+            expression = f"{a[0]} / {a[1]}" if is_float else f"_divided({a[0]}, {a[1]})"
         elif name in ("max", "min"):
-            expression = f"np.{name}imum({a[0]}, {a[1]})"
+            function = {"max": "_larger", "min": "_smaller"}[name] if is_float else f"np.{name}imum"
+            expression = f"{function}{'_or_nan' if 'NaN' in parts else ''}({a[0]}, {a[1]})"
         elif name == "bfi":
-            a[2:] = [str(int(x, 0)) for x in operands[3:]]
-            expression = f"_inserted({', '.join(a)})"
+            expression = f"_inserted({a[0]}, {a[1]}, {', '.join(str(int(x, 0)) for x in operands[3:])})"
         elif name == "shf" and parts[1:3] == ["l", "wrap"]:
             expression = f"_turned({', '.join(a)})"
         else:
-            raise NotImplementedError(opcode)
-        return [self._set(operands[0], expression, kind)]
+            raise NotImplementedError(parts)
+        return [self._set(to, expression, kind)]
 
     def _convert(self, parts, operands):
         to, source = parts[-2], parts[-1]
         kinds = [kind_of(to), kind_of(source)]
         if narrow := NARROW.get((parts[1], to, source)):
             return [self._set(operands[0], f"{narrow}({self._value(operands[1], 'f4')})", "u2")]
-        if to in ("bf16", "f16"):
+        if to in ("bf16", "f16") or parts[1] == "rp":
             raise NotImplementedError(parts)
         if source in ("f16", "bf16"):
             function = "from_float16" if source == "f16" else "from_bfloat16"
