@@ -58,6 +58,23 @@ def test_same_bits(name, dtype, arch):
         run(name, *shape, dtype, arch)
 
 
+def test_usual_calls_run_what_is_compiled():
+    """Were the arguments of a kernel to change and not those in compiled.py, its source would be run in silence."""
+    found, program_of = {}, host.program_of
+
+    def note(function, signature):
+        found[function.__name__, signature] = program_of(function, signature)
+        return found[function.__name__, signature]
+
+    with host.on_host(sources=False), mock.patch.object(host, "program_of", note):
+        for shape in ((40, 10), (5, 1000), (5, 1030), (2, 20_000)):
+            x, y, w, c, z = map(host.to_cupy, inputs(*shape, "float32"))
+            for name in (*NAMES, *IN_PLACE, EVALUATION, UNDEFINED):
+                call(name, x, y, w, c, z)
+    assert len(found) >= 30
+    assert sorted({name for (name, _), program in found.items() if program is None}) == []
+
+
 def test_a_copy_that_is_not_awaited_shows():
     with mock.patch.object(ptx.Blocks, "await_groups", lambda *_: None), pytest.raises(AssertionError):
         run("none", 3, 8200, "bfloat16")
