@@ -145,8 +145,9 @@ def test_order_of_threads(dtype, order):
     with host.on_host(order):
         for rows, classes in ((3, 5), (2, 130), (2, 8200)):
             check_all(make_logits(rows, classes, dtype), make_labels(rows, classes))
-        check(none, make_logits(9, 8200, dtype), make_labels(9, 8200))
-        check(nl.value_and_grad(nl.cross_entropy), make_logits(1, 24577, dtype), make_labels(1, 24577))
+        if dtype in (BFLOAT16, np.float32):  # others differ in what a thread does alone
+            check(none, make_logits(9, 8200, dtype), make_labels(9, 8200))
+            check(nl.value_and_grad(nl.cross_entropy), make_logits(1, 24577, dtype), make_labels(1, 24577))
         x, y = make_logits(70, 3, dtype), make_labels(70, 3)
         check(nl.cross_entropy, x, y, weights=np.arange(70) % 9 / 8)
         evaluations = nl.Evaluation().update(x, y), ConvertedEvaluation().update(x, y)

@@ -23,7 +23,7 @@ from test_cuda_device import FUNCTIONS, NAN, inputs
 import numbaloss as nl
 from numbaloss.cuda import _launch
 
-pytestmark = pytest.mark.skipif(host.ON_DEVICE, reason="a GPU")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(host.ON_DEVICE, reason="a GPU")]
 
 EVALUATION, UNDEFINED = "Evaluation", "logsumexp of NaN"
 CROSS_ENTROPY, KL = nl.value_and_grad(nl.cross_entropy), nl.value_and_grad(nl.kl_divergence, "logits_p")

@@ -20,7 +20,10 @@ if not host.ON_DEVICE:
 
 import numbaloss as nl
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy tells of infinities
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy tells of infinities
+]
 
 CALLS = int(os.environ.get("RANDOM_CALLS", 40))
 AT_A_TIME = 20
