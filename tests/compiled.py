@@ -31,8 +31,9 @@ LAYOUTS = {"close": CLOSE_ROWS, "strided": ROWS}
 def signatures(like, rows):
     """Argument types of each kernel; `rows` where the compiler may know the class stride."""
     labels = OPERAND, OPERAND, I64  # labels, weights, ignore_index
+    soft = like if like == F64 else types.float32  # probabilities
     factors = OPERAND, OPERAND, I64, I64, I64  # labels, weights, class_weights, classes, ignore_index
-    one, of_each = types.Tuple((I64,) * 5 + (F64, F64, I64)), types.Tuple((like, *[I64] * 6, F64, F64))  # targets
+    one, of_each = types.Tuple((I64,) * 5 + (F64, F64, I64)), types.Tuple((soft, *[I64] * 6, F64, F64))  # targets
     cap = types.UniTuple(F64 if like == F64 else types.float32, 3)
     dense_grad = I64, OPERAND, F64, I64, F64, I64, I64, I64, like, rows
     return {
@@ -65,8 +66,8 @@ def signatures(like, rows):
         "_uncap": (I64, I64, like, ROWS, cap, like, ROWS),
         "_take_rows": (like, ROWS, I64, OPERAND, I64),
         "_put_rows": (I64, OPERAND, like, ROWS, I64),
-        "_binary_xent": (I64, like, ROWS, like, ROWS, like, ROWS, I64),
-        "_binary_grad": (I64, like, ROWS, like, ROWS, like, ROWS, like, ROWS, I64, like, ROWS, I64, I64, I64),
+        "_binary_xent": (I64, like, ROWS, soft, ROWS, soft, ROWS, I64),
+        "_binary_grad": (I64, like, ROWS, soft, ROWS, soft, ROWS, soft, ROWS, I64, like, ROWS, I64, I64, I64),
         "_divergence": (I64, like, rows, rows, OPERAND, I64, I64, I64, I64),
         "_kl_grad": (I64, like, rows, rows, OPERAND, I64, I64, I64, like, rows, like, rows),
         "_js_grad": (I64, like, rows, rows, OPERAND, I64, I64, I64, like, rows, like, rows),

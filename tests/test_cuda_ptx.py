@@ -58,7 +58,8 @@ def test_same_bits(name, dtype, arch):
         run(name, *shape, dtype, arch)
 
 
-def test_usual_calls_run_what_is_compiled():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_usual_calls_run_what_is_compiled(dtype):
     """Were the arguments of a kernel to change and not those in compiled.py, its source would be run in silence."""
     found, program_of = {}, host.program_of
 
@@ -68,7 +69,7 @@ def test_usual_calls_run_what_is_compiled():
 
     with host.on_host(sources=False), mock.patch.object(host, "program_of", note):
         for shape in ((40, 10), (5, 1000), (5, 1030), (2, 20_000)):
-            x, y, w, c, z = map(host.to_cupy, inputs(*shape, "float32"))
+            x, y, w, c, z = map(host.to_cupy, inputs(*shape, dtype))
             for name in (*NAMES, *IN_PLACE, EVALUATION, UNDEFINED):
                 call(name, x, y, w, c, z)
     assert len(found) >= 30
