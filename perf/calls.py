@@ -47,10 +47,7 @@ print(time.perf_counter() - begin)
 """
         with tempfile.TemporaryDirectory() as cache:
             environment = {**os.environ, "NUMBA_CACHE_DIR": cache}
-            both = [
-                float(subprocess.run([sys.executable, "-c", code], env=environment, stdout=-1, check=True).stdout)
-                for _ in range(2)
-            ]
+            both = [float(subprocess.check_output([sys.executable, "-c", code], env=environment)) for _ in range(2)]
         found[name] = [round(s, 2) for s in both]
         print(f"first call of {name:28s} {both[0]:6.2f} s, with a cache {both[1]:6.2f} s")
     return {"case": "first call in a process, seconds: empty cache, filled cache", "s": found}

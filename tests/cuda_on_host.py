@@ -122,15 +122,18 @@ def ascontiguousarray(x, dtype=None):
 
 
 def program_of(function, signature):
+    """The compiled PTX of a kernel; None where its source is to run."""
+    if SOURCES:
+        return None
     from compiled import program  # which imports what there is on Linux only
 
     return program(function, signature)
 
 
 @contextlib.contextmanager
-def on_host(order=None, launches=None, races=False, sources=SOURCES):
+def on_host(order=None, launches=None, races=False):
     """CuPy's allocations come from host memory. Kernels run in ptx.py, as they are compiled for sm_90; or in simt.py,
-    as they are written: those that compiled.py has not, all of them if `sources` are to run, in an `order` of the
+    as they are written: those that compiled.py has not, all with CUDA_SOURCES in the environment, in an `order` of the
     threads, or with a look for races. `launches` collects (name, blocks, threads). Nothing changes on a device."""
     if ON_DEVICE:
         yield
@@ -139,7 +142,7 @@ def on_host(order=None, launches=None, races=False, sources=SOURCES):
     def compiled(kernel, first, number):
         signature = _launch.signature(first)
         struct.calcsize(_launch.parameters(first))  # raises for what cannot be packed
-        program = None if sources or order or races else program_of(kernel.py_func, signature)
+        program = None if order or races else program_of(kernel.py_func, signature)
         sizes = [len(x) if type(x) is tuple else None for x in first]
 
         def start(blocks, threads, stream, numbers):

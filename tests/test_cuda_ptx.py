@@ -43,7 +43,7 @@ def program(arch, function, signature):
 def run(name, rows, classes, dtype, arch="sm_90"):
     arrays = inputs(rows, classes, dtype)
     want = host.results(call(name, *(x.copy() for x in arrays)))
-    with host.on_host(sources=False), mock.patch.object(host, "program_of", partial(program, arch)):
+    with host.on_host(), mock.patch.object(host, "program_of", partial(program, arch)):
         got = host.results(call(name, *map(host.to_cupy, arrays)))
     assert_same_bits(got, want, f"{name} {rows}x{classes} {dtype}")
 
@@ -61,13 +61,13 @@ def test_same_bits(name, dtype, arch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_usual_calls_run_what_is_compiled(dtype):
     """Were the arguments of a kernel to change and not those in compiled.py, its source would be run in silence."""
-    found, program_of = {}, host.program_of
+    found = {}
 
     def note(function, signature):
-        found[function.__name__, signature] = program_of(function, signature)
+        found[function.__name__, signature] = compiled.program(function, signature)
         return found[function.__name__, signature]
 
-    with host.on_host(sources=False), mock.patch.object(host, "program_of", note):
+    with host.on_host(), mock.patch.object(host, "program_of", note):
         for shape in ((40, 10), (5, 1000), (5, 1030), (2, 20_000)):
             x, y, w, c, z = map(host.to_cupy, inputs(*shape, dtype))
             for name in (*NAMES, *IN_PLACE, EVALUATION, UNDEFINED):

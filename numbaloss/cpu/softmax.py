@@ -78,10 +78,10 @@ def sparse_xent(work, items, like, rows, labels, weights, ignore_index, loss):
     the number of labels out of range."""
     arguments, chunks = (like, rows, labels, weights, ignore_index), -(-rows[5] // CHUNK)
     if items >= SPLIT or chunks == 1:
-        return _whole_rows(work, items, *arguments, loss)
+        return _sparse_xent_kernel(work, items, *arguments, loss)
     parts = np.empty((items * chunks, 2))
-    _chunk_sums(work, len(parts), *arguments, parts)
-    return _join_sums(items, items, parts, *arguments, loss)
+    _chunk_sums_kernel(work, len(parts), *arguments, parts)
+    return _join_sums_kernel(items, items, parts, *arguments, loss)
 
 
 def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
@@ -109,10 +109,10 @@ def _sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
     return bad.sum()
 
 
-_whole_rows = Kernel(_sparse_xent)
+_sparse_xent_kernel = Kernel(_sparse_xent)
 
 
-def _chunks(blocks, like, rows, labels, weights, ignore_index, parts):
+def _chunk_sums(blocks, like, rows, labels, weights, ignore_index, parts):
     """parts[r * chunks + k] = (s, c) of chunk k of row r but for its target, if the row counts and has one."""
     stride, classes = rows[4], rows[5]
     n, chunks = len(parts), (classes + CHUNK - 1) // CHUNK
@@ -126,10 +126,10 @@ def _chunks(blocks, like, rows, labels, weights, ignore_index, parts):
                 parts[task, 0], parts[task, 1] = s, c
 
 
-_chunk_sums = Kernel(_chunks)
+_chunk_sums_kernel = Kernel(_chunk_sums)
 
 
-def _join(blocks, parts, like, rows, labels, weights, ignore_index, loss):
+def _join_sums(blocks, parts, like, rows, labels, weights, ignore_index, loss):
     """What is left to do after _chunk_sums."""
     stride, classes, full, wrong = rows[4], rows[5], item_size(like) == 8, 0
     chunks = (classes + CHUNK - 1) // CHUNK
@@ -149,7 +149,7 @@ def _join(blocks, parts, like, rows, labels, weights, ignore_index, loss):
     return wrong
 
 
-_join_sums = Kernel(_join)
+_join_sums_kernel = Kernel(_join_sums)
 
 
 def _narrow_sparse_xent(blocks, like, rows, labels, weights, ignore_index, loss):
