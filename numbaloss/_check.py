@@ -307,10 +307,11 @@ def pieces(*arrays, prepare=None, dtype=None):
     size = arrays[0].size
     if size == 0:
         return []
-    whole = [None] if prepare is not None or dtype is not None else [_layout(x) for x in arrays]
-    if None in whole:
-        return _prepared_pieces(arrays, prepare, dtype)
-    return [(0, size // arrays[0].shape[-1], whole)]
+    if prepare is None and dtype is None:
+        whole = [_layout(x) for x in arrays]
+        if None not in whole:
+            return [(0, size // arrays[0].shape[-1], whole)]
+    return _prepared_pieces(arrays, prepare, dtype)
 
 
 def _prepared_pieces(arrays, prepare, dtype):

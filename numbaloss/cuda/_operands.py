@@ -1,7 +1,5 @@
 """Labels, weights and other arrays with one item a row: how a kernel gets them as integers, and how it reads them."""
 
-from functools import cache
-
 import cupy
 import numpy as np
 
@@ -16,15 +14,11 @@ KINDS = {name: kind for kind, name in enumerate(_NAMES, 1)}
 BOOL, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, FLOAT16, BFLOAT16, FLOAT32, FLOAT64 = KINDS.values()
 ABSENT = 0
 
+_BY_DTYPE = {}  # KINDS, by dtypes: to ask one for its name takes as long as all the rest
 _KNOWN = {size: np.int32(size) for size in (2, 4, 8)}
 
 _i8, _u8, _i16, _u16 = np.int8(0), np.uint8(0), np.int16(0), np.uint16(0)
 _i32, _u32, _i64, _f32, _f64 = np.int32(0), np.uint32(0), np.int64(0), np.float32(0), np.float64(0)
-
-
-@cache
-def _kind(dtype):
-    return KINDS[dtype.name]  # looking up the name takes as long as all the rest
 
 
 def operand(x):
@@ -32,13 +26,14 @@ def operand(x):
     read where it lies. The dtype is looked up while the kernel runs, once a row. None is a kind too."""
     if x is None:
         return ABSENT, 0, 1, 0, 0
+    kind = _BY_DTYPE.get(x.dtype) or _BY_DTYPE.setdefault(x.dtype, KINDS[x.dtype.name])
     if x.flags.c_contiguous:
-        return _kind(x.dtype), x.data.ptr, x.size or 1, 0, x.itemsize
+        return kind, x.data.ptr, x.size or 1, 0, x.itemsize
     steps = row_steps(x.shape, x.strides)
     if steps is None or any(step % x.itemsize for step in (x.data.ptr, *steps[1:])):
         return operand(kept(cupy.ascontiguousarray(x)))  # CuPy gives its memory to later work on this stream only
     inner, inner_stride, outer_stride = steps
-    return _kind(x.dtype), x.data.ptr, inner, outer_stride, inner_stride
+    return kind, x.data.ptr, inner, outer_stride, inner_stride
 
 
 def with_known_stride(like, rows):
