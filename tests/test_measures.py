@@ -346,6 +346,19 @@ def test_temperature_of_a_sample():
     assert found != temperature(logits[1:], y[1:], weights[1:])
 
 
+def test_temperature_on_any_processor():
+    """Of numbers that come from integers: its bits are these."""
+    raw = np.random.PCG64(3).random_raw(40 * 100) % 2**12
+    logits = (raw.reshape(100, 40).astype(np.float32) - 2**11) / 2**9
+    y = (logits + (raw[::-1].reshape(100, 40) % 2**11).astype(np.float32) / 2**8).argmax(1)
+    np.testing.assert_allclose(Temperature.POINTS, np.cos(np.pi * (np.arange(13) + 0.5) / 13), rtol=0, atol=2.0**-51)
+    assert [x.hex() for x in temperature(logits, y, np.arange(100) / 64)] == [
+        "0x1.a45664e53a8c4p-1",
+        "0x1.5f31b65b3c5e2p-1",
+        "0x1.f717febab411ap-1",
+    ]
+
+
 def test_no_temperature():
     logits, y, weights = drawn(2, 1.0)
     assert Temperature(10).result() is None
