@@ -1,4 +1,4 @@
-"""The only file that knows there are two backends: the type of the arrays picks one."""
+"""The only file that knows there are two backends: the type of the arrays picks one. And where Dask's go."""
 
 import hashlib
 import os
@@ -8,38 +8,57 @@ from importlib import import_module
 
 import numpy as np
 
-_is_cupy = {}  # by type
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
+OTHER, CUPY, DASK = range(3)
+
+
+class _Kinds(dict):
+    """CUPY, DASK or OTHER by types; never imports CuPy or Dask, which must have been for such an array to exist."""
+
+    def __missing__(self, type_):
+        self[type_] = OTHER
+        for kind, module, name in (CUPY, "cupy", "ndarray"), (DASK, "dask.array", "Array"):
+            if issubclass(type_, getattr(sys.modules.get(module), name, ())):  # one may be half imported, elsewhere
+                self[type_] = kind
+        return self[type_]
+
+
+_kinds = _Kinds()
 
 
 def is_cupy(x):
-    """Whether x is a CuPy array; never imports CuPy, which must have been imported for one to exist."""
-    kind = type(x)
-    try:
-        return _is_cupy[kind]
-    except KeyError:
-        cupy = sys.modules.get("cupy")
-        _is_cupy[kind] = found = cupy is not None and issubclass(kind, cupy.ndarray)
-        return found
+    """Whether x is a CuPy array."""
+    return _kinds[type(x)] == CUPY
+
+
+def is_dask(x):
+    """Whether x is a Dask array."""
+    return _kinds[type(x)] == DASK
 
 
 def array_module(x):
-    """NumPy, or CuPy for a CuPy array."""
+    """NumPy, or CuPy for a CuPy array. (NumPy's functions take Dask arrays.)"""
     return sys.modules["cupy"] if is_cupy(x) else np
 
 
 def on_its_device(function):
-    """Decorator: CuPy arrays make their device the current one, so that results and scratch lie there too."""
+    """Decorator: CuPy arrays make their device the current one, so that results and scratch lie there too; with a Dask
+    array the function is called on blocks of rows."""
 
     @wraps(function)
     def run(*args, **options):
+        number = None
         for x in (*args, *options.values()):
-            if is_cupy(x):
-                device = sys.modules["cupy"].cuda
-                if x.data.device_id != device.runtime.getDevice():
-                    with device.Device(x.data.device_id):
-                        return function(*args, **options)
-                break
+            kind = _kinds[type(x)]
+            if kind == CUPY:
+                number = x.data.device_id if number is None else number
+            elif kind == DASK:
+                return import_module("numbaloss._dask").call(run, args, options)
+        if number is not None:
+            device = sys.modules["cupy"].cuda
+            if number != device.runtime.getDevice():
+                with device.Device(number):
+                    return function(*args, **options)
         return function(*args, **options)
 
     return run

@@ -55,11 +55,7 @@ def sequence_loss(
     flags = average_across_timesteps, average_across_batch, sum_over_timesteps, sum_over_batch
     rule = _rule(*flags)
     logits, targets, weights = _checked(logits, targets, weights)
-    if softmax_loss_function is None:
-        loss = _xent.losses(_rows(logits, targets, weights))
-    else:
-        loss = _losses_by(softmax_loss_function, logits, targets)
-    return _reduced(loss, weights, rule)
+    return _reduced(_losses(logits, targets, weights, softmax_loss_function), weights, rule)
 
 
 def _rule(at, ab, st, sb):
@@ -101,8 +97,10 @@ def _rows(logits, targets, weights):
     return _xent.labelled(logits, targets, -1, "targets", "auto", weights)
 
 
-def _losses_by(function, logits, targets):
-    """The loss of every step by a function of the user's, [batch, time]."""
+def _losses(logits, targets, weights, function=None):
+    """The loss of every step, [batch, time], not weighted; by a function of the user's, if there is one."""
+    if function is None:
+        return _xent.losses(_rows(logits, targets, weights))
     flat = logits.reshape(-1, logits.shape[2])
     loss = function(labels=targets.reshape(-1, *targets.shape[2:]), logits=flat)
     loss = _check.number_array(loss, "softmax_loss_function's result", logits)

@@ -23,6 +23,24 @@ MUTANTS = {
         "alone = 0.0",
         "test_special.py::test_rows_without_a_softmax[1100-float32]",
     ),
+    "classes in pieces": (
+        "_dask.py",
+        "(*shape[1:], x.shape[-1]), x.rechunk({x.ndim - 1: -1})",
+        "(*shape[1:], x.shape[-1]), x",
+        "test_dask.py::test_same_bits[mean]",
+    ),
+    "weights that are not summed": (
+        "_dask.py",
+        'return _total(total, (), {"values": values, **rows})',
+        'return _total(total, (), {"values": values})',
+        "test_dask.py::test_same_bits[sum]",
+    ),
+    "a block that is not merged": (
+        "_dask.py",
+        "for other in evaluations:",
+        "for other in evaluations[1:]:",
+        "test_dask.py::test_evaluation[chunks1]",
+    ),
     "another chunk length": (
         "_scalar.py",
         "CHUNK = 8192",
