@@ -48,7 +48,8 @@ def _factor(i, labels, weights, class_weights, ignore_index):
 
 
 def _total(blocks, values, labels, weights, class_weights, ignore_index, divisor):
-    """sum(factor * value), each product rounded to float64 and the sum once, divided as `divisor` says (_exact)."""
+    """sum(factor * value), each product rounded to float64 and the sum once, divided as `divisor` says (_exact); in
+    values' dtype, where NumPy's conversion would warn of infinity."""
     n = values.size
     parts = np.zeros((blocks, 2, WORDS), np.int64)
     for block in prange(blocks):
@@ -71,7 +72,7 @@ def _total(blocks, values, labels, weights, class_weights, ignore_index, divisor
         carry(bottom)
     for block in range(1, blocks):
         add_words(parts[0], parts[block])
-    return quotient(round_sum(parts[0, 0]), round_sum(parts[0, 1]), divisor)
+    return values.dtype.type(quotient(round_sum(parts[0, 0]), round_sum(parts[0, 1]), divisor))
 
 
 _total_kernel = Kernel(_total)
@@ -85,10 +86,9 @@ def add_words(words, others):
 
 
 def total(values, labels, weights, class_weights, ignore_index, divisor):
-    """What the kernel gives, as a number of values' dtype."""
+    """What the kernel gives, as a number of NumPy's."""
     n = values.size
-    with np.errstate(over="ignore"):
-        return values.dtype.type(_total_kernel(n, n, values, labels, weights, class_weights, ignore_index, divisor))
+    return values.dtype.type(_total_kernel(n, n, values, labels, weights, class_weights, ignore_index, divisor))
 
 
 def _row_totals(blocks, values, weights, count, row_step, step, divisor, totals, divisors):
