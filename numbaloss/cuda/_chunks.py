@@ -267,18 +267,20 @@ def first_products(powers):
 
 @device
 def round_sum(like, address, stride, size, skip, team):
-    """(s, c) as by chunk_sum of up to 32 * team logits, those before a 16-byte boundary counting: a row that a team
-    reads at once. The teams of a warp have rows of their own, or none (0 logits), but call this together."""
+    """(s, largest) of a row that a team reads at once, up to 32 * team logits with those before a 16-byte boundary: its
+    chunk_sum is (s, row_frame(largest)[3]). The teams of a warp have rows of their own, or none (0 logits), but call
+    this together."""
     base, begin = first_position(like, address, stride)
     end, skip = np.int32(begin + size), skip_position(skip, size, begin)
     v = loads_step(like, base, stride, np.int32(0), begin, end, skip, team)
-    m, low, shift, c = row_frame(largest_of(like, v, team))
+    largest = largest_of(like, v, team)
+    m, low, shift, _ = row_frame(largest)
     clip = clip_of(like, low)
     if shift == compute_zero(like) and clip != 0:
         total = first_terms(like, v, low, clip, m)
     else:
         total = add_halves(term(widened(like, v) - shift, low, m, zeros(like))[0])
-    return fold_lanes(like, total, team), c
+    return fold_lanes(like, total, team), largest
 
 
 @device

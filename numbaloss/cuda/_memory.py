@@ -325,6 +325,17 @@ def _hide_items(builder, like, load, hidden):
     return load
 
 
+def _hide_one(builder, like, load, k):
+    """As _hide_items for item k of a load."""
+    if like.bitwidth != 16:
+        return _hide_items(builder, like, load, {i: builder.icmp_signed("==", k, _c32(i)) for i in range(len(load))})
+    far = builder.zext(builder.shl(builder.and_(k, _c32(3)), _c32(4)), _I64)
+    mask = builder.bitcast(builder.shl(ir.Constant(_I64, 0xFFFF), far), ir.VectorType(_I32, 2))
+    halves, first, low = _items(builder, mask), builder.icmp_signed("<", k, _c32(4)), _c32(_none(like) * 0x10001)
+    masks = [builder.select(first, x, _c32(0)) for x in halves] + [builder.select(first, _c32(0), x) for x in halves]
+    return [builder.xor(x, builder.and_(builder.xor(x, low), m)) for x, m in zip(load, masks)]  # one instruction each
+
+
 @intrinsic
 def hide(typingctx, like, v, k, team):
     """Loads, but -inf in the place of the item that lies k positions after the first one, if it is one of them."""
@@ -336,8 +347,7 @@ def hide(typingctx, like, v, k, team):
         for g in range(0, v.type.count, each):
             before, load = builder.block, items[g : g + each]
             with builder.if_then(builder.icmp_unsigned("<", k, _c32(n))):
-                here = {i: builder.icmp_signed("==", k, _c32(i)) for i in range(n)}
-                hidden, after = _hide_items(builder, like, list(load), here), builder.block
+                hidden, after = _hide_one(builder, like, load, k), builder.block
             items[g : g + each] = [_phi(builder, (x, before), (y, after)) for x, y in zip(load, hidden)]
             k = builder.sub(k, builder.mul(team, _c32(n)))
         return _pack(builder, items, v.type)

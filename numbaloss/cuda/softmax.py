@@ -12,7 +12,7 @@ from numba.extending import overload
 from .._check import NO_LABEL
 from .._intrinsics import bits_float, float_bits, select
 from .._scalar import CHUNK, LANES, others_of, others_to_target, scale_of, target_loss, top_of
-from .._typed import compute_zero, grad_frame, grad_of, item_size, number, softmax_frame, softmax_of
+from .._typed import compute_zero, grad_frame, grad_of, item_size, number, row_frame, softmax_frame, softmax_of
 from ._chunks import WARP, first_position, load_step, round_sum
 from ._columns import (
     NARROW,
@@ -145,18 +145,21 @@ def _short_sparse_xent(items, group, team, like, rows, labels, weights, ignore_i
     size = np.int32(min(group, items - first))
     x = look_up(like, rows, first, np.int64(0), size, np.int64(1), labels, weights, ignore_index, room)
     room[3, cuda.laneid] = x
-    at_once, i, done = np.int32(32) // team, np.int32(cuda.laneid) // team, np.int32(0)
+    at_once, i, done = np.int32(np.int32(32) // team), np.int32(np.int32(cuda.laneid) // team), np.int32(0)
     while done < size:
         address, y, classes = np.int64(0), np.int32(-1), np.int32(0)
         if i < size:
-            address, y = float_bits(room[0, i]), np.int32(float_bits(room[1, i]))
+            address, y = float_bits(room[0, np.uint64(i)]), np.int32(float_bits(room[1, np.uint64(i)]))
         if address != 0:
             classes = np.int32(rows[5])
-        s, c = round_sum(like, address, class_stride(like, rows), classes, y, team)
+        s, largest = round_sum(like, address, class_stride(like, rows), classes, y, team)
         cuda.syncwarp()
         if i < size and cuda.laneid & (team - 1) == 0:
-            room[0, i], room[1, i] = s, c
+            room[0, np.uint64(i)], room[1, np.uint64(i)] = s, np.float64(largest)
         i, done = np.int32(i + at_once), np.int32(done + at_once)
+    cuda.syncwarp()
+    if cuda.laneid < size:
+        room[1, cuda.laneid] = row_frame(number(like, room[1, cuda.laneid]))[3]
     finish(like, loss, first, size, 1, room)
 
 
