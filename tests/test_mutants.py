@@ -355,9 +355,21 @@ MUTANTS = {
     ),
     "CUDA: bytes of the row before it": (
         "cuda/_stream.py",
-        "            if k < begin - p:",
-        "            if k < begin - p - 1:",
+        "if np.int32(k) < count:",
+        "if np.int32(k) < count - 1:",
         "test_cuda.py::test_unaligned_rows[bfloat16-1]",
+    ),
+    "CUDA: a target in the other half of a load": (
+        "cuda/_memory.py",
+        'builder.icmp_signed("<", k, _c32(4)), _c32(_none',
+        'builder.icmp_signed("<", k, _c32(5)), _c32(_none',
+        "test_simt.py::test_hidden_items[bfloat16]",
+    ),
+    "CUDA: a sum of twice its size": (
+        "cuda/_stream.py",
+        "(ref - n) + (MAGIC + BIAS)",
+        "(ref - n) + (MAGIC + BIAS + ONE)",
+        "test_cuda.py::test_rows_in_a_stream[float32-1100]",
     ),
     "CUDA: a target in a row's first round, which holds the row before it too": (
         "cuda/_stream.py",

@@ -23,12 +23,13 @@ from .._scalar import (
     exponent_32,
     f32,
     frame_32,
+    low_bits_exponent,
     power_32,
-    power_of_two,
 )
 from .._typed import item_size, widen
 from ._chunks import (
     ALL,
+    MARGIN,
     NO_GUESS,
     WARP,
     add_step,
@@ -142,8 +143,9 @@ def hide_in_ring(like, where, p, begin, skip):
     """-inf for what a chunk's first load holds of its neighbour, and for the class `skip`, in the round from position p
     on that has been copied to `where`."""
     if p < begin and cuda.laneid == 0:
+        count = np.int32(begin - p)
         for k in range(16 // item_size(like)):
-            if k < begin - p:
+            if np.int32(k) < count:
                 hide_item(like, np.int32(where + k * item_size(like)))
     at = np.int32((skip - p) * item_size(like))
     if 0 <= at < round_bytes(like) and np.int32(at >> 4 & 31) == np.int32(cuda.laneid):
@@ -211,28 +213,31 @@ def late_logit(like, address, end, begin, skip):
 
 @device
 def add_late(like, late, low, m, total):
-    """The logits of late_logit added to their lanes, which are the first thread's first; and their exponent words."""
+    """The logits of late_logit added to their lanes, which are the first thread's first; and their exponent words. A
+    product with a power of two is exact, as in first_terms."""
     p, power, t = power_32(late, low, m, ONE)
-    power = first_lanes(power)
     low_half, high_half = halves(total)
     first, second = halves(low_half)
-    first = fma(first_lanes(p), select(cuda.laneid == 0, power, power - power), first)
-    return join(join(first, second), high_half), t
+    return join(join(select(cuda.laneid == 0, first + first_lanes(p * power), first), second), high_half), t
 
 
 @device
 def guess_from(room, i):
     """The reference exponent to try for chunk i after the one before it, if that has been summed and has one."""
-    guess = NO_GUESS
     if i > 0 and float_bits(room[2, i - 1]) == 0:
-        guess = guess_after(room[1, i - 1])
+        return checked_guess(guess_after(room[1, i - 1]))
+    return NO_GUESS
+
+
+@device
+def checked_guess(guess):
     return guess if abs(guess) <= EXP_LIMIT else NO_GUESS
 
 
 @device
 def chunk_in(like, stride, room, i):
     """(position where chunk i begins, where it ends, that of the class to skip); anew, as registers are for the sum."""
-    k = np.int32(anew(np.int64(i)))
+    k = np.uint32(anew(np.int64(i)))  # a signed index may count from the end
     classes, begin = np.int32(float_bits(room[2, k])), first_position(like, float_bits(room[0, k]), stride)[1]
     return begin, np.int32(begin + classes), skip_position(float_bits(room[1, k]), classes, begin)
 
@@ -275,12 +280,13 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
     """sum_chunks of chunks whose rounds are copied to the ring ahead of time, also those of chunks to come: loads never
     wait for a sum. One that its guess does not fit is summed again from memory."""
     task, at, left, where = ahead
-    i = np.int32(0)
+    i, guess = np.int32(0), NO_GUESS
     while i < size:
-        if float_bits(room[0, i]) != 0:
+        address = float_bits(room[0, np.uint32(i)])
+        if address != 0:
             begin, end, skip = chunk_in(like, stride, room, i)
-            late = late_logit(like, float_bits(room[0, i]), end, begin, skip)
-            ref = guess_from(room, i)
+            late = late_logit(like, address, end, begin, skip)
+            ref, guess = checked_guess(guess), NO_GUESS
             if ref != ref:
                 await_oldest(like, capacity)
                 hide_in_ring(like, where, np.int32(0), begin, skip)
@@ -289,7 +295,7 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             clip, total, top, p = clip_of(like, low), zeros(like), no_top(like), np.int32(0)
             best, place, larger, target = -INF, np.int32(0), np.int32(0), ZERO
             if ranked is not None:
-                target = f32(room[4, i])
+                target = f32(room[4, np.uint32(i)])
             last, apart = min(end, np.int32(CHUNK)), np.int32(0) if begin > 0 else np.int32(skip & -LANES)
             while p < last:
                 await_oldest(like, capacity)
@@ -325,8 +331,10 @@ def sum_stream(like, stride, size, room, ring, capacity, ahead, ranked):
             s, n = fold_lanes(like, total, WARP), bits_float(warp_largest(np.int32(top))) - m
             ref = BIAS - (m - MAGIC)  # as it was
             if clip != 0 and 0 <= n - ref <= HEADROOM and abs(n) <= EXP_LIMIT and abs(ref) <= EXP_LIMIT:
-                k = np.int32(anew(np.int64(i)))  # or a place in room is held all through the sum
-                put_sum(room, k, s * power_of_two(np.float64(ref - n)), np.float64(n) * INV_LOG2E)
+                guess = n - MARGIN
+                scaled = f32(s) * low_bits_exponent((ref - n) + (MAGIC + BIAS))  # from 0.7 to 2^14: exactly
+                k = np.uint32(anew(np.int64(i)))  # or a place in room is held all through the sum
+                put_sum(room, k, np.float64(scaled), np.float64(n) * INV_LOG2E)
         cuda.syncwarp()
         i = np.int32(i + 1)
     sum_apart(like, stride, size, room, ring, capacity, ahead, ranked)
