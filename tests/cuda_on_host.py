@@ -527,6 +527,11 @@ def larger_of_pair(like, pair):
     return np.float32(_pair(pair, like).max())
 
 
+@twin(_memory.least_logit)
+def least_logit(like, v):
+    return np.float32(v.min())
+
+
 @twin(_memory.warp_largest, needs_cuda=True)
 def warp_largest(cuda):
     return lambda x: cuda.together(x, max)

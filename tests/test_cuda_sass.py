@@ -144,7 +144,7 @@ def inner_loops(text):
 
 def ring_round(text, terms, through, loads):
     """(opcodes on the shortest way once around the loop that takes whole rounds from the ring, all of its opcodes), by
-    a block with so many opcodes `through`; the loop has so many FFMA a class."""
+    a block with so many opcodes `through`; the loop has so many FFMA a class, and one more at most."""
     opcodes, labels, jumps = instructions(text)
     to = {at: (labels[label], always) for at, label, always in jumps if label in labels}
     cuts = sorted({*labels.values(), *(at + 1 for at, _, _ in jumps), len(opcodes)})
@@ -159,7 +159,7 @@ def ring_round(text, terms, through, loads):
 
     for at, (head, _) in sorted(to.items()):
         loop = opcodes[head : at + 1]
-        if head < at and "DEPBAR.LE" in loop and loop.count("FFMA") == terms * CLASSES:
+        if head < at and "DEPBAR.LE" in loop and loop.count("FFMA") - terms * CLASSES in (0, 1):
             way = next(i for i, j in zip(cuts, cuts[1:]) if i >= head and opcodes[i:j].count(through) == loads)
             return shortest(head, way) + shortest(way, at) + 1, loop
     raise AssertionError("expected a loop that waits for a copy, got none")
@@ -250,7 +250,7 @@ def test_a_kernel_among_others():
 
 CLASSES = 32  # of a thread in a round of the inner loop
 LIMITS = {"float16": 13.4, "bfloat16": 13.4, "float32": 13.7}  # instructions a class: 3 % above what they are
-GRAD_LIMITS = {"float16": 13.9, "bfloat16": 13.9, "float32": 12.3}
+GRAD_LIMITS = {"float16": 13.0, "bfloat16": 13.0, "float32": 12.3}
 FLOAT64 = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)|.*\bF64")
 SLOW = re.compile(FLOAT64.pattern + "|MUFU|LDL|STL|CALL")  # and approximations, local memory
 

@@ -257,6 +257,12 @@ MUTANTS = {
         "    if j <= columns:\n        value",
         "test_cuda_sigmoid.py",
     ),
+    "CUDA: a subnormal entry that is not noticed": (
+        "cuda/_memory.py",
+        'least, words[-1], "min")',
+        'least, words[0], "min")',
+        "test_cuda.py::test_subnormal_gradients[bfloat16]",
+    ),
     "CUDA: no gradient for the ninth round": (
         "cuda/_gradients.py",
         "        if i < begin and at < classes:",

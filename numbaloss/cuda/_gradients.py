@@ -19,6 +19,7 @@ from ._memory import (
     copy_last_part,
     end_of_round,
     fill,
+    least_logit,
     load,
     load_ring,
     store_item,
@@ -110,10 +111,25 @@ def safe_word(m, low, shift, factor):
     return np.int32(0x7FFFFFFF)
 
 
+def least_word(like, loads, m):
+    """The least of the words of normal_product_32, as signed integers, of Loads without NaN."""
+    if like.itemsize == 2:
+        return float_bits(fma(least_logit(like, loads), LOG2E, m))
+    return least_bits_of(fma(loads, LOG2E, m))
+
+
+@overload(least_word)
+def _least_word(like, loads, m):
+    if like.bitwidth == 16:
+        return lambda like, loads, m: float_bits(fma(least_logit(like, loads), LOG2E, m))
+    return lambda like, loads, m: least_bits_of(fma(loads, LOG2E, m))
+
+
 @device
-def round_entries(v, safe, shift, m, low, factor):
-    """The entries of logits v. Nearly always none of a thread's is 0 or subnormal: then powers of two can be added."""
-    if least_bits_of(fma(v, LOG2E, m - BIAS)) > safe:
+def round_entries(like, loads, safe, shift, m, low, factor):
+    """The entries of Loads. Nearly always none of a thread's is 0 or subnormal: then powers of two can be added."""
+    v = widened(like, loads)
+    if least_word(like, loads, m - BIAS) > safe:
         return normal_product_32(v, m - BIAS, factor)
     return grad_of(v - shift, m, low, factor)
 
@@ -169,7 +185,7 @@ def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, fa
         rounds = np.int32(rounds - 1)
         first = np.int32(rounds & (ROUNDS - 1)) == 0
         await_oldest(like, GRAD_RING)
-        g = round_entries(widened(like, load_ring(like, where)), safe, shift, m, low, factor)
+        g = round_entries(like, load_ring(like, where), safe, shift, m, low, factor)
         store_part(like, like_grad, to, grad_stride, thread, begin if first else np.int32(0), near, g)
         near, to = np.int32(LANES), to - (leap if first else LANES) * grad_stride
         if ahead > 0:

@@ -174,10 +174,11 @@ def _load_item(context, builder, like, address):
 
 def _anew(builder, x):
     """x, and the compiler does not know: or it keeps multiples of a stride in registers all through a loop."""
-    kind = ir.FunctionType(_I64, [_I64])
     if not on_cuda(builder):
         return x
-    return builder.call(ir.InlineAsm(kind, "mov.b64 $0, $1;", "=l,l", side_effect=True), [x])
+    bits, letter = {"i64": (64, "l"), "float": (32, "f"), "double": (64, "d")}[str(x.type)]
+    kind = ir.FunctionType(x.type, [x.type])
+    return builder.call(ir.InlineAsm(kind, f"mov.b{bits} $0, $1;", f"={letter},{letter}", side_effect=True), [x])
 
 
 @intrinsic
@@ -534,11 +535,16 @@ def load_ring(typingctx, like, where):
 # -- pairs of 16-bit logits in a word ----------------------------------------------------------------------------
 
 
-def _larger_pair(builder, like, a, b):
-    """The larger of two pairs of 16-bit logits, NaN being the largest."""
+def _larger_pair(builder, like, a, b, which="max"):
+    """The larger of two pairs of 16-bit logits, or the lesser ("min"), half by half; NaN if one is."""
     kind = ir.FunctionType(_I32, [_I32, _I32])
     dtype = "bf16x2" if like == types.uint16 else "f16x2"
-    return builder.call(ir.InlineAsm(kind, f"max.NaN.{dtype} $0, $1, $2;", "=r,r,r"), [a, b])
+    return builder.call(ir.InlineAsm(kind, f"{which}.NaN.{dtype} $0, $1, $2;", "=r,r,r"), [a, b])
+
+
+def _turned(builder, pair):
+    """The halves of a pair in the other order."""
+    return builder.or_(builder.shl(pair, _c32(16)), builder.lshr(pair, _c32(16)))
 
 
 @intrinsic
@@ -595,10 +601,27 @@ def larger_of_pair(typingctx, like, pair):
     """The larger logit of a pair, widened; NaN if one is."""
 
     def codegen(context, builder, sig, args):
-        swapped = builder.or_(builder.shl(args[1], _c32(16)), builder.lshr(args[1], _c32(16)))
-        return _widen_words(context, builder, like, [_larger_pair(builder, like, args[1], swapped)])[0]
+        largest = _larger_pair(builder, like, args[1], _turned(builder, args[1]))
+        return _widen_words(context, builder, like, [largest])[0]
 
     return types.float32(like, types.int32), codegen
+
+
+@intrinsic
+def least_logit(typingctx, like, v):
+    """The least of Loads of 16 bits, widened; NaN if one is."""
+
+    def codegen(context, builder, sig, args):
+        words = _items(builder, args[1])
+        least = words[0]
+        for i in range(1, len(words) - 1, 2):  # of three at once, as in largest_pair
+            least = _larger_pair(builder, like, _larger_pair(builder, like, *words[i : i + 2], "min"), least, "min")
+        least = _larger_pair(builder, like, least, words[-1], "min")
+        return _widen_words(
+            context, builder, like, [_larger_pair(builder, like, least, _turned(builder, least), "min")]
+        )[0]
+
+    return types.float32(like, v), codegen
 
 
 # -- rounded and written -----------------------------------------------------------------------------------------
@@ -633,7 +656,7 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
 
     def codegen(context, builder, sig, args):
         _, _, address, stride, position, begin, end, v = args
-        items = _rounded(builder, like_out, _items(builder, v))
+        items = _items(builder, v)
         close = builder.icmp_signed("==", stride, ir.Constant(_I64, size))
         lies_well = builder.icmp_signed("==", builder.and_(address, ir.Constant(_I64, align - 1)), ir.Constant(_I64, 0))
         together = builder.and_(close, lies_well)
@@ -643,14 +666,14 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
             not_before = builder.icmp_signed(">=", builder.add(position, _c32(first)), begin)
             return builder.and_(not_before, builder.icmp_signed("<=", builder.add(position, _c32(last)), end))
 
-        def store_load(g):
+        def store_load(g, items):
             where = builder.add(address, ir.Constant(_I64, g * 32 * size))
             packed = _pack(builder, items[g : g + n], ir.VectorType(_item(like_out), n))
             words = _items(builder, builder.bitcast(packed, ir.VectorType(_I32, n * size // 4)))
             for k in range(0, len(words), 4):
                 _store_words(builder, builder.add(where, ir.Constant(_I64, 4 * k)), words[k : k + 4])
 
-        def store_items(g):
+        def store_items(g, items):
             for k in range(n):
                 with builder.if_then(is_inside(g * 32 + k, g * 32 + k + 1)):
                     pointer = _pointer(builder, _step(builder, address, step, g * 32 + k), _item(like_out))
@@ -659,15 +682,17 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
         all_inside = is_inside(0, (WIDTH - n) * 32 + n)
         with builder.if_else(builder.and_(together, all_inside)) as (whole, parts):
             with whole:
+                rounded = _rounded(builder, like_out, items)
                 for g in range(0, WIDTH, n):
-                    store_load(g)
-            with parts:
+                    store_load(g, rounded)
+            with parts:  # rounded here too, or what is stored together is moved into neighbouring registers first
+                rounded = _rounded(builder, like_out, [_anew(builder, x) for x in items])
                 for g in range(0, WIDTH, n):
                     with builder.if_else(builder.and_(together, is_inside(g * 32, g * 32 + n))) as (load, single):
                         with load:
-                            store_load(g)
+                            store_load(g, rounded)
                         with single:
-                            store_items(g)
+                            store_items(g, rounded)
         return context.get_dummy_value()
 
     i64, i32 = types.int64, types.int32
