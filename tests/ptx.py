@@ -44,12 +44,13 @@ def _larger_or_nan(a, b):
     return np.where((a != a) | (b != b), a.dtype.type(np.nan), _larger(a, b))
 
 
-def _pairs(function, a, b, widen, narrow):
-    """The larger, or smaller, of each half of words; or NaN."""
+def _pairs(function, a, b, widen, narrow, nan):
+    """The larger, or smaller, of each half of words; or NaN, if that is kept."""
     parts = []
     for shift in (0, 16):
         x, y = (widen((v >> np.uint32(shift)).astype("u2")) for v in (a, b))
-        parts.append(np.where((x != x) | (y != y), np.uint16(0x7FFF), narrow(function(x, y))).astype("u4"))
+        lost = nan & ((x != x) | (y != y))
+        parts.append(np.where(lost, np.uint16(0x7FFF), narrow(function(x, y))).astype("u4"))
     return parts[0] | parts[1] << np.uint32(16)
 
 
@@ -410,12 +411,12 @@ class Program:
         """What takes operands of one type and gives a result of it, but for products that are twice as wide."""
         name, kind, to = parts[0], kind_of(parts[-1]), operands[0]
         if parts[-1] in ("bf16x2", "f16x2"):
-            if parts[0] not in ("max", "min") or parts[1] != "NaN":
+            if parts[0] not in ("max", "min") or parts[1:-1] not in ([], ["NaN"]):
                 raise NotImplementedError(parts)
             both = "from_bfloat16, to_bfloat16" if parts[-1] == "bf16x2" else "from_float16, to_float16"
             a, b = (self._value(x, "u4") for x in operands[1:])
             function = {"max": "_larger", "min": "_smaller"}[name]
-            return [self._set(to, f"_pairs({function}, {a}, {b}, {both})", "u4")]
+            return [self._set(to, f"_pairs({function}, {a}, {b}, {both}, {'NaN' in parts})", "u4")]
         if kind == "?" and parts[-1] != "pred":
             raise NotImplementedError(parts)
         a, is_float = [self._value(x, kind) for x in operands[1:]], kind[0] == "f"

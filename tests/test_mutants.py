@@ -550,8 +550,8 @@ COMPILED = {  # which the executor has twins of, so that these show in what is c
     ),
     "NaN is lost in a pair": (
         "cuda/_memory.py",
-        'f"max.NaN.{dtype} $0, $1, $2;", "=r,r,r"',
-        'f"max.{dtype} $0, $1, $2;", "=r,r,r"',
+        'f"{which}.NaN.{dtype} $0',
+        'f"{which}.{dtype} $0',
         "test_cuda.py::test_nan_and_infinity[8200-bfloat16]",
     ),
     "the smallest of a warp": (
