@@ -16,11 +16,12 @@ class _Kinds(dict):
     """CUPY, DASK or OTHER by types; never imports CuPy or Dask, which must have been for such an array to exist."""
 
     def __missing__(self, type_):
-        self[type_] = OTHER
+        found = OTHER
         for kind, module, name in (CUPY, "cupy", "ndarray"), (DASK, "dask.array", "Array"):
             if issubclass(type_, getattr(sys.modules.get(module), name, ())):  # one may be half imported, elsewhere
-                self[type_] = kind
-        return self[type_]
+                found = kind
+        self[type_] = found  # at once: other threads look too
+        return found
 
 
 _kinds = _Kinds()

@@ -17,12 +17,14 @@ import numpy as np
 from . import _check, _xent, divergence, sequence
 from ._backend import array_module, is_cupy, is_dask, on_its_device
 from .sigmoid import (
+    _labels,
     sigmoid_cross_entropy_with_logits,
     sigmoid_focal_cross_entropy_with_logits,
     weighted_cross_entropy_with_logits,
 )
 from .softmax import (
     TokenScores,
+    _axis,
     _cross_entropy_rows,
     _focal_rows,
     cross_entropy,
@@ -187,8 +189,7 @@ def _labelled(function, logits, axis=-1, **options):
 
 def _dense(function, labels, logits, axis=-1, name=None, dim=None):
     """softmax_cross_entropy_with_logits."""
-    if dim is not None and axis != -1:
-        raise ValueError(f"dim: expected None when axis is given, got dim={dim!r} and axis={axis!r}")
+    axis = _axis(axis, dim)
     whole = _logits(logits)
     labels = _array(labels, "labels", whole)
     try:
@@ -197,7 +198,6 @@ def _dense(function, labels, logits, axis=-1, name=None, dim=None):
         raise ValueError(
             f"labels: expected a shape that broadcasts to logits {whole.shape}, got {labels.shape}"
         ) from None
-    axis = axis if dim is None else dim
     return _by_rows(function, {"logits": _logits(logits, axis), "labels": _logits(labels, axis, "labels")}, 2)
 
 
@@ -215,10 +215,7 @@ def _logsumexp(function, logits, axis=-1, keepdims=False):
 
 def _elements(function, labels=None, logits=None, pos_weight=None, name=None, targets=None, **options):
     """The sigmoid family."""
-    if targets is not None:
-        if labels is not None:
-            raise ValueError("targets: expected None when labels are given, got both")
-        labels = targets
+    labels = _labels(labels, targets)
     for x, what in ((labels, "labels"), (logits, "logits")):
         if x is None:
             raise ValueError(f"{what}: expected an array, got None")

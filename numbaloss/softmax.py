@@ -38,12 +38,16 @@ def softmax_cross_entropy_with_logits(labels, logits, axis=-1, name=None, dim=No
     return _check.result(_xent.losses(_dense_rows(labels, logits, axis, dim)))
 
 
+def _axis(axis, dim):
+    """The class axis by its new or its old name."""
+    if dim is not None and axis != -1:
+        raise ValueError(f"dim: expected None when axis is given, got dim={dim!r} and axis={axis!r}")
+    return axis if dim is None else dim
+
+
 def _dense_rows(labels, logits, axis, dim):
     """The rows of softmax_cross_entropy_with_logits, whose labels broadcast."""
-    if dim is not None:
-        if axis != -1:
-            raise ValueError(f"dim: expected None when axis is given, got dim={dim!r} and axis={axis!r}")
-        axis = dim
+    axis = _axis(axis, dim)
     logits = _check.logits(logits)
     labels = _check.number_array(labels, "labels", logits)
     kernels("dense", logits=logits, labels=labels)

@@ -87,7 +87,7 @@ def computed(lazy):
         return tuple(x for x in dask.compute(*lazy, scheduler="synchronous") if x is not None)
     assert isinstance(lazy, da.Array)
     result = lazy.compute(scheduler="synchronous")
-    assert (np.shape(result), result.dtype, type(result)) == (lazy.shape, lazy.dtype, type(result))
+    assert (np.shape(result), result.dtype) == (lazy.shape, lazy.dtype)
     return result
 
 

@@ -359,6 +359,13 @@ def test_temperature_on_any_processor():
     ]
 
 
+def test_temperature_of_huge_losses():
+    """Their squares overflow: nothing is known of the error."""
+    logits, y, weights = drawn(2, 1.0)
+    best, low, high = temperature(logits, y, weights * 2.0**660)
+    assert (low, high) == (0.0, math.inf) and best == temperature(logits, y, weights)[0]
+
+
 def test_no_temperature():
     logits, y, weights = drawn(2, 1.0)
     assert Temperature(10).result() is None

@@ -231,6 +231,7 @@ def guess_from(room, i):
 
 @device
 def checked_guess(guess):
+    """A guess that a frame may be made of, or none."""
     return guess if abs(guess) <= EXP_LIMIT else NO_GUESS
 
 

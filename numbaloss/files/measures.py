@@ -277,9 +277,11 @@ class Temperature(Arrays):
             return None  # no deeper than a ripple of the polynomial, or rounding
         slopes = chebyshev.chebval(best, chebyshev.chebder(basis))
         curvature = chebyshev.chebval(best, chebyshev.chebder(mean, 2))
-        variance = math.fsum((np.outer(slopes, slopes) * self.squares).ravel())
+        terms = (np.outer(slopes, slopes) * self.squares).ravel()
+        variance = math.fsum(terms) if abs(terms).max() < 1e300 else math.inf
         error = math.sqrt(max(0.0, variance)) / self.weight[0] / curvature
-        return exp(self.SPAN * (best + np.array([0, -1, 1]) * 1.96 * error)).tolist()
+        half = 1.96 * error
+        return exp(self.SPAN * np.array([best, best - half, best + half])).tolist()
 
 
 def _where_it_rises(function):
