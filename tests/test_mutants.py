@@ -151,26 +151,26 @@ MUTANTS = {
     ),
     "CUDA: a gradient's rounds in a ring that other chunks filled": (
         "cuda/_gradients.py",
-        "rounds if last < PARTS - 1 else",
-        "rounds if last < PARTS + 9 else",
+        "rounds if chunks < PARTS else",
+        "rounds if chunks < PARTS + 9 else",
         "test_cuda.py::test_many_classes[float32]",
     ),
     "CUDA: a gradient's first round is the one before the last": (
         "cuda/_gradients.py",
+        "where = np.int32(ring + held % slots * round_bytes(like))",
         "where = np.int32(ring + (held + slots - 1) % slots * round_bytes(like))",
-        "where = np.int32(ring + (held + slots - 2) % slots * round_bytes(like))",
         "test_cuda.py::test_gradients[1025-bfloat16]",
     ),
-    "CUDA: a warp's chunks side by side": (
+    "CUDA: a chunk that its warp writes and another sums": (
         "cuda/_gradients.py",
-        "to - (leap if first else LANES) * grad_stride",
-        "to - LANES * grad_stride",
-        "test_cuda.py::test_many_classes[bfloat16]",
+        "    start, end = share_of_warp(chunks, classes)\n    base",
+        "    start, end = share_of_warp(chunks, classes)\n    start = np.int32(max(start - 1, 0))\n    base",
+        "test_cuda_races.py",
     ),
-    "CUDA: rounds copied from the chunk that another warp takes": (
+    "CUDA: a gradient's first round is not copied": (
         "cuda/_gradients.py",
-        "            at -= (LANES if np.int32(ahead & (ROUNDS - 1)) > 0 else leap) * size",
-        "            at -= LANES * size",
+        "        if rounds >= slots:",
+        "        if rounds > slots:",
         "test_cuda.py::test_many_classes[bfloat16]",
     ),
     "CUDA: subnormal entries by addition of powers": (

@@ -53,18 +53,16 @@ def row_sum(like, rows, notes, room, tasks, ring, capacity):
     logit afterwards, which the copies do not wait for, and notes[w, 4] holds a number meanwhile."""
     lane, classes, first = np.int32(cuda.laneid), rows[5], np.int32(0)
     while np.int64(first) * CHUNK < classes:
-        count, k = parts_from(first, classes)
-        if k < count:
+        size, before, count = chunks_of_warp(first, classes)
+        if lane < size:
             note = notes[thread_anew() >> 5]
-            address, skip, begin = float_bits(note[0]), float_bits(note[1]), np.int64(first + k - 1) * CHUNK
+            address, skip, begin = float_bits(note[0]), float_bits(note[1]), np.int64(first + before + lane) * CHUNK
             tasks[0, lane] = bits_float(address + begin * class_stride(like, rows))
             tasks[1, lane] = bits_float(skip - begin)
             tasks[2, lane] = bits_float(min(np.int64(CHUNK), classes - begin))
         if lane == 0:
             notes[thread_anew() >> 5, 4] = bits_float(np.int64(first if classes > CHUNK else -1))
         cuda.syncwarp()
-        _, warp, warps = team_of(classes)
-        size = np.int32((count - 2 - warp + warps) // warps)
         ahead = start_chunks(like, rows[4], size, tasks, ring, capacity)
         if lane == 0:
             note = notes[thread_anew() >> 5]
@@ -74,20 +72,29 @@ def row_sum(like, rows, notes, room, tasks, ring, capacity):
         first = np.int32(float_bits(notes[thread_anew() >> 5, 4]))
         if first < 0:
             return tasks[0, 0], tasks[1, 0]
-        count, k = parts_from(first, classes)
-        if k < count:
-            room[0, k], room[1, k] = tasks[0, lane], tasks[1, lane]
-        join_round(room, first, count)
+        size, before, count = chunks_of_warp(first, classes)
+        if lane < size:
+            room[0, before + lane + 1], room[1, before + lane + 1] = tasks[0, lane], tasks[1, lane]
+        join_round(room, first, np.int32(count + 1))
         first = np.int32(first + PARTS - 1)
     return room[0, 0], room[1, 0]
 
 
 @device
-def parts_from(first, classes):
-    """(end of room where the chunks of a row from `first` on go, this thread's place there)."""
+def chunks_of_warp(first, classes):
+    """Of the chunks of a row from `first` on that go to `room` at once: (how many are this warp's, which lie side by
+    side, how many lie before them, how many there are)."""
+    count = min(np.int32(PARTS - 1), np.int32((anew(classes) + CHUNK - 1) // CHUNK - first))
+    begin, end = share_of_warp(count, classes)
+    return np.int32(end - begin), begin, count
+
+
+@device
+def share_of_warp(chunks, classes):
+    """(first, end) of a warp's part of so many chunks."""
     _, warp, warps = team_of(classes)
-    chunks = np.int32((anew(classes) + CHUNK - 1) // CHUNK)
-    return min(np.int32(PARTS), np.int32(chunks - first + 1)), np.int32(warp + 1 + cuda.laneid * warps)
+    part, parts = np.uint32(warp), np.uint32(warps)
+    return np.int32(np.uint32(chunks) * part // parts), np.int32(np.uint32(chunks) * (part + np.uint32(1)) // parts)
 
 
 @device
@@ -153,48 +160,40 @@ def write_apart(like, rows, r, address, like_grad, grad_rows, m, low, shift, fac
 
 @device
 def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, factor, ring):
-    """write_grad by a ring. A warp takes the chunks that it has summed, the last rounds first: the ring still holds as
-    many as it has room for, and where one has been written, one before those is copied. Only a row's last round, the
-    first that is taken, may be less than a round."""
-    _, warp, warps = team_of(rows[5])
+    """write_grad by a ring. A warp takes the rounds of the chunks that it has summed, the last ones first: the ring
+    still holds as many as it has room for, and where one has been written, one before those is copied. Only the last
+    round of a row, the first that is taken, may be less than a round."""
     classes, size, grad_stride = rows[5], np.int64(item_size(like)), class_stride(like_grad, grad_rows)
+    chunks = np.int32((classes + CHUNK - 1) // CHUNK)
+    start, end = share_of_warp(chunks, classes)
     base, begin = first_position(like, address, size)
-    last = np.int32((classes - 1) // CHUNK)
-    k = np.int32(warp) + (last - np.int32(warp)) // np.int32(warps) * np.int32(warps)
-    near = np.int32(min(np.int64(CHUNK), begin + classes - np.int64(k) * CHUNK))
-    j, slots = np.int32((near - 1) // LANES), rounds_in(like, GRAD_RING)
-    near = np.int32(near - j * LANES)
-    rounds = np.int32((k - np.int32(warp)) // np.int32(warps) * ROUNDS + j + 1)
-    held = rounds if last < PARTS - 1 else np.int32(0)  # more chunks are summed in parts, which begin with other warps
-    where = np.int32(ring + (held + slots - 1) % slots * round_bytes(like))
-    position = np.int64(k) * CHUNK + j * LANES
-    at, thread = base + position * size + cuda.laneid * 16, np.int32(cuda.laneid * (16 // item_size(like)))
-    to = row_address(grad_rows, r) + (position - begin + thread) * grad_stride
-    safe = safe_word(m, low, shift, factor)
-    leap = np.int64(warps) * CHUNK - CHUNK + LANES  # from a chunk's first round to the last one of the chunk before it
-    ahead, place = rounds, where
+    stop = min(np.int64(end) * CHUNK, begin + classes)
+    behind = (stop + LANES - 1) // LANES * LANES  # the position where the last round ends
+    near, rounds = np.int32(stop - behind + LANES), np.int32(behind // LANES - start * ROUNDS)
+    slots = rounds_in(like, GRAD_RING)
+    held = rounds if chunks < PARTS else np.int32(0)  # more chunks are summed in parts, which begin with other warps
+    where = np.int32(ring + held % slots * round_bytes(like))
+    thread, safe = np.int32(cuda.laneid * (16 // item_size(like))), safe_word(m, low, shift, factor)
+    out = row_address(grad_rows, r)
+    place, at, to = where, base + behind * size + cuda.laneid * 16, out + (behind - begin + thread) * grad_stride
     for i in range(slots):
-        if ahead > 0:
-            if i >= held:
-                copy_back(like, place, at, np.int32(near * item_size(like)) if i == 0 else round_bytes(like))
-            at, ahead = at - (LANES if np.int32((ahead - 1) & (ROUNDS - 1)) > 0 else leap) * size, np.int32(ahead - 1)
+        at, place = at - round_bytes(like), round_behind(like, place, ring)
         if i >= held:
+            if i < rounds:
+                copy_back(like, place, at, np.int32(near * item_size(like)) if i == 0 else round_bytes(like))
             end_of_round()
-        place = round_behind(like, place, ring)
     while rounds > 0:
-        rounds = np.int32(rounds - 1)
-        first = np.int32(rounds & (ROUNDS - 1)) == 0
+        rounds, where = np.int32(rounds - 1), round_behind(like, where, ring)
+        to = anew(to - LANES * grad_stride)  # or what it was is held too, for addresses are made from that
         await_oldest(like, GRAD_RING)
         g = round_entries(like, load_ring(like, where), safe, shift, m, low, factor)
+        first = np.int32(rounds & (ROUNDS - 1)) == 0  # of a chunk
         store_part(like, like_grad, to, grad_stride, thread, begin if first else np.int32(0), near, g)
-        near, to = np.int32(LANES), to - (leap if first else LANES) * grad_stride
-        if ahead > 0:
-            ahead = np.int32(ahead - 1)
+        near, at = np.int32(LANES), at - round_bytes(like)
+        if rounds >= slots:
             copy_last(like, where, at)
-            at -= (LANES if np.int32(ahead & (ROUNDS - 1)) > 0 else leap) * size
         end_of_round()
-        where = round_behind(like, where, ring)
-    out = row_address(grad_rows, r)
+    out = row_address(grad_rows, anew(r))
     write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor)
 
 
@@ -202,14 +201,14 @@ def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, fa
 def write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor):
     """Gradients of what the ninth rounds of this warp's chunks hold, which went through no ring: eight threads a
     chunk."""
-    _, warp, warps = team_of(classes)
-    i, k = np.int64(cuda.laneid & 7), np.int64(warp) + (cuda.laneid >> 3) * warps
-    while k * CHUNK < classes:
-        at = (k + 1) * CHUNK - begin + i
+    k, end = share_of_warp(np.int32((classes + CHUNK - 1) // CHUNK), classes)
+    i, k = np.int64(cuda.laneid & 7), np.int32(k + (cuda.laneid >> 3))
+    while k < end:
+        at = np.int64(k + 1) * CHUNK - begin + i
         if i < begin and at < classes:
             x = widen(load(like, address + at * item_size(like)))
             store_item(like_grad, out + at * grad_stride, grad_of(x - shift, m, low, factor))
-        k += 4 * warps
+        k = np.int32(k + 4)
 
 
 @device
