@@ -1,4 +1,5 @@
-"""Numba's cache of the run is its own, keyed by the package's sources, so a repeated run is quick and none is stale."""
+"""Numba's cache of the run is its own, keyed by the package's sources and by what is installed, so a repeated run is
+quick and none is stale."""
 
 import getpass
 import hashlib
@@ -6,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import sys
+import sysconfig
 import tempfile
 
 import numpy as np
@@ -22,7 +24,8 @@ def package_folder():
 
 
 def cache_folder():
-    digest = hashlib.sha256()
+    installed = sysconfig.get_path("platlib")  # a compiler among them
+    digest = hashlib.sha256(f"{installed}\0{os.stat(installed).st_mtime_ns}\0".encode())
     for path in sorted(package_folder().rglob("*.py")):
         digest.update(f"{path}\0{path.stat().st_mtime_ns}\0".encode() + path.read_bytes())
     return os.path.join(tempfile.gettempdir(), f"numbaloss-tests-{getpass.getuser()}-{digest.hexdigest()[:16]}")
