@@ -97,17 +97,21 @@ class Objective:
         labels, weights = self._checked(scores, labels, weights)
         run = value_grad_hess(self._loss, "upper_bound" if self._hessian == "xgboost" else "diagonal")
         _, grad, hess = run(labels, scores, upstream=weights, **self._options)
+        xp, number = array_module(hess), hess.dtype.type
         if self._hessian == "lightgbm":
-            hess *= hess.dtype.type(self._classes / (self._classes - 1))
-        return grad, array_module(hess).maximum(hess, hess.dtype.type(LEAST_HESSIAN), out=hess)
+            xp.multiply(hess, number(self._classes / (self._classes - 1)), out=hess)
+        return grad, xp.maximum(hess, number(LEAST_HESSIAN), out=hess)
 
     def _mean(self, scores, labels, weights):
         labels, weights = self._checked(scores, labels, weights)
         losses = self._loss(labels, scores, **self._options)
+        xp = array_module(losses)
+        losses = xp.ascontiguousarray(losses)
         if weights is not None:
-            weights = _check.weights(array_module(losses).broadcast_to(weights, losses.shape), losses.shape, losses)
+            weights = _check.weights(xp.broadcast_to(weights, losses.shape), losses.shape, losses)
         total = kernels("totals", losses=losses).total
-        return float(total(_check.flat(losses), None, weights, None, _check.NO_LABEL, _check.FACTORS))
+        mean = total(_check.flat(losses), None, weights, None, _check.NO_LABEL, _check.FACTORS)
+        return float(_check.on_host(mean))
 
     def _checked(self, scores, labels, weights):
         """Labels and weights as arrays of the scores' kind; no weights are None."""
@@ -118,6 +122,7 @@ class Objective:
             given, labels = labels, labels.astype(np.int64)
             if (given != labels).any():
                 raise ValueError("labels: expected integers, got fractions")
+            _check.raise_bad_label(labels, self._classes, None, _check.NO_LABEL, "labels")  # also for a device
         labels = xp.asarray(labels.reshape(scores.shape[: 1 if self._classes else None]))
         if weights is None or len(weights) == 0:
             return labels, None

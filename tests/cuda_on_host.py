@@ -163,7 +163,7 @@ def on_host(order=None, launches=None, races=False):
         for target, name, value in (
             (cupy, "empty", empty),
             (cupy, "zeros", zeros),
-            (cupy, "empty_like", lambda x, dtype: to_cupy(np.empty_like(to_numpy(x), dtype))),
+            (cupy, "empty_like", lambda x, dtype: to_cupy(np.empty_like(_view(x), dtype))),
             (cupy, "array", lambda x, dtype=None, order="K": to_cupy(np.array(to_numpy(x), dtype, order=order))),
             (cupy, "asarray", lambda x: x if isinstance(x, cupy.ndarray) else to_cupy(x)),
             (cupy, "ascontiguousarray", ascontiguousarray),
