@@ -742,6 +742,8 @@ def test_sequence_loss(flags):
     soft = np.full(x.shape, 0.05, np.float32)
     check(nl.sequence_loss, x, soft, weights, **flags)
     check(nl.sequence_loss, x[:0], y[:0], weights[:0], **flags)
+    own = nl.sparse_softmax_cross_entropy_with_logits
+    check(nl.sequence_loss, x, y, weights, softmax_loss_function=own, **flags)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

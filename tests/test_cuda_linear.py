@@ -62,6 +62,9 @@ def test_same_bits(dtype, options):
     hidden[[0, 6]], y[6] = np.nan, -100
     value, grads = GRAD(hidden, weight, y, bias, weights=weights, **options)
     assert_same_bits(on_cupy(hidden, weight, y, bias, weights=weights, **options), host.results((value, *grads)))
+    hidden, weight, y, bias, weights = map(host.to_cupy, (hidden, weight, y, bias, weights))
+    alone = nl.linear_cross_entropy(hidden, weight, y, bias, weights=weights, **options)
+    assert_same_bits(host.results(alone), host.results(value))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

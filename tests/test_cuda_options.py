@@ -138,6 +138,7 @@ def test_softmax_cross_entropy():
         run = nl.value_and_grad(nl.softmax_cross_entropy_with_logits, ("logits", "labels"), derivative=derivative)
         check(run, y, x)
     check(nl.value_and_grad(nl.softmax_cross_entropy_with_logits), y[0], x)
+    check(nl.value_grad_hess(nl.softmax_cross_entropy_with_logits), y, x)
 
 
 @pytest.mark.parametrize("flags", ["TTFF", "FFTT", "TFFF", "FTFF", "FFTF", "FFFT", "FFFF"])
