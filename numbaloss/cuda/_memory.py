@@ -679,7 +679,8 @@ def store_part(typingctx, like, like_out, address, stride, position, begin, end,
                     pointer = _pointer(builder, _step(builder, address, step, g * 32 + k), _item(like_out))
                     builder.store(items[g + k], pointer, align=size)
 
-        all_inside = is_inside(0, (WIDTH - n) * 32 + n)
+        not_before = builder.icmp_signed("==", begin, _c32(0))  # of all threads: what is less is rare
+        all_inside = builder.and_(not_before, builder.icmp_signed(">=", end, _c32(WIDTH * 32)))
         with builder.if_else(builder.and_(together, all_inside)) as (whole, parts):
             with whole:
                 rounded = _rounded(builder, like_out, items)
