@@ -44,7 +44,8 @@ def softmax(classes, hessian="diagonal"):
     if classes < 2:
         raise ValueError(f"classes: expected 2 or more, got {classes}")
     _check.choice(hessian, "hessian", ("diagonal", "xgboost", "lightgbm"))
-    return Objective("softmax", sparse_softmax_cross_entropy_with_logits, classes, hessian)
+    # labels are on the host when they come, where _checked looks at them once, also for a device
+    return Objective("softmax", sparse_softmax_cross_entropy_with_logits, classes, hessian, check_labels="nan")
 
 
 def sigmoid():
@@ -122,7 +123,7 @@ class Objective:
             given, labels = labels, labels.astype(np.int64)
             if (given != labels).any():
                 raise ValueError("labels: expected integers, got fractions")
-            _check.raise_bad_label(labels, self._classes, None, _check.NO_LABEL, "labels")  # also for a device
+            _check.raise_bad_label(labels, self._classes, None, _check.NO_LABEL, "labels")
         labels = xp.asarray(labels.reshape(scores.shape[: 1 if self._classes else None]))
         if weights is None or len(weights) == 0:
             return labels, None

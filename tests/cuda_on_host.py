@@ -121,6 +121,16 @@ def ascontiguousarray(x, dtype=None):
     return to_cupy(np.ascontiguousarray(to_numpy(x), dtype))
 
 
+def by_numpy(function):
+    """A function of CuPy's with `out`, computed by NumPy."""
+
+    def run(*args, out):
+        function(*(_view(a) if isinstance(a, cupy.ndarray) else a for a in args), out=_view(out))
+        return out
+
+    return run
+
+
 def program_of(function, signature):
     """The compiled PTX of a kernel; None where its source is to run."""
     if SOURCES:

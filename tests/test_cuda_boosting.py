@@ -1,8 +1,5 @@
 """Objectives for XGBoost and LightGBM on CUDA: the bits of the CPU, in the scores' memory order."""
 
-from contextlib import ExitStack
-from unittest import mock
-
 import numpy as np
 import pytest
 from common import assert_same_bits, make_labels, make_logits
@@ -11,6 +8,7 @@ cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 import cuda_on_host as host  # noqa: E402
+from test_boosting import Data  # noqa: E402
 
 from numbaloss import boosting  # noqa: E402
 
@@ -30,15 +28,10 @@ OBJECTIVES = {
 
 
 @pytest.fixture(autouse=True)
-def device():
-    def by_numpy(function):
-        """A function of CuPy's, computed by NumPy."""
-        return lambda a, b, out: function(host._view(a), b, out=host._view(out)) is None or out
-
-    with ExitStack() as stack:
-        stack.enter_context(host.on_host())
-        for function in () if host.ON_DEVICE else (np.multiply, np.maximum):
-            stack.enter_context(mock.patch.object(cupy, function.__name__, by_numpy(function)))
+def device(monkeypatch):
+    for function in () if host.ON_DEVICE else (np.multiply, np.maximum):
+        monkeypatch.setattr(cupy, function.__name__, host.by_numpy(function))
+    with host.on_host():
         yield
 
 
@@ -50,13 +43,13 @@ def test_same_bits(name, order):
     x = np.asarray(make_logits(30, 4, np.float32), order=order)
     y = make_labels(30, 4) if name.startswith("softmax") else make_labels(120, 2).astype(np.float32)
     for w in (None, (np.arange(30) % 5 / 2).astype(np.float32)):
-        want, mean = objective.sklearn(y, x, w), objective._mean(x, y, w)
         for place in (lambda a: a, lambda a: None if a is None else host.to_cupy(a)):
-            scores = host.to_cupy(x)
-            got = objective.sklearn(place(y), scores, place(w))
+            scores, labels, weights = host.to_cupy(x), place(y), place(w)
+            got = objective.sklearn(labels, scores, weights)
             assert all(type(a) is cupy.ndarray and a.strides == scores.strides for a in got)
-            assert_same_bits(host.results(got), want)
-            assert objective._mean(scores, place(y), place(w)) == mean
+            assert_same_bits(host.results(got), objective.sklearn(y, x, w))
+            mean = objective.xgboost_metric(scores, Data(labels, weights))
+            assert mean == objective.xgboost_metric(x, Data(y, w))
 
 
 def test_a_label_out_of_range():

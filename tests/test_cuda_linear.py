@@ -22,15 +22,6 @@ NAMES = "hidden", "weight", "bias"
 GRAD = nl.value_and_grad(nl.linear_cross_entropy, NAMES)
 
 
-def by_numpy(function):
-    """A function of CuPy's, computed by NumPy."""
-
-    def run(*args, out):
-        host._view(out)[...] = function(*map(host.to_numpy, args))
-
-    return run
-
-
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     if host.ON_DEVICE:
@@ -40,8 +31,8 @@ def device(monkeypatch):
             monkeypatch.setitem(limits, backend, value)
     with (
         host.on_host(),
-        mock.patch.object(cupy, "matmul", by_numpy(np.matmul)),
-        mock.patch.object(cupy, "add", by_numpy(np.add)),
+        mock.patch.object(cupy, "matmul", host.by_numpy(np.matmul)),
+        mock.patch.object(cupy, "add", host.by_numpy(np.add)),
         mock.patch.object(cupy, "ones", lambda shape, dtype: host.to_cupy(np.ones(shape, dtype))),
     ):
         yield

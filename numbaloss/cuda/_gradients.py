@@ -193,7 +193,7 @@ def write_stream(like, rows, r, address, like_grad, grad_rows, m, low, shift, fa
         if rounds >= slots:
             copy_last(like, where, at)
         end_of_round()
-    out = row_address(grad_rows, anew(r))
+    out = row_address(grad_rows, anew(r))  # or it is held all through the loop
     write_late(like, address, begin, classes, like_grad, out, grad_stride, shift, m, low, factor)
 
 
